@@ -1,0 +1,3 @@
+"""Curvax: second derivatives put to work in JAX."""
+
+from curvax._results import RESULTS as RESULTS

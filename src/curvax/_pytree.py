@@ -1,0 +1,112 @@
+"""Arithmetic on pytrees of arrays. `None` leaves are empty subtrees, as everywhere in JAX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
+
+_HALF = (jnp.bfloat16, jnp.float16)
+
+
+def tree_add(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
+    """`x + y`, leaf by leaf."""
+    return jax.tree.map(jnp.add, x, y)
+
+
+def tree_sub(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
+    """`x - y`, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def tree_scale(scale: Scalar | float, x: PyTree[Array]) -> PyTree[Array]:
+    """`scale * x`, in the dtype of each leaf."""
+    return jax.tree.map(lambda leaf: jnp.asarray(scale, leaf.dtype) * leaf, x)
+
+
+def tree_axpy(scale: Scalar | float, x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
+    """`scale * x + y`, in the dtype of each leaf."""
+    return jax.tree.map(lambda a, b: jnp.asarray(scale, a.dtype) * a + b, x, y)
+
+
+def tree_neg(x: PyTree[Array]) -> PyTree[Array]:
+    """`-x`, leaf by leaf."""
+    return jax.tree.map(jnp.negative, x)
+
+
+def tree_zeros_like(x: PyTree) -> PyTree[Array]:
+    """Zeros of the shapes and dtypes of `x` (arrays or `ShapeDtypeStruct`s)."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
+
+
+def tree_where(pred: Bool[Array, ""], x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
+    """`x` if `pred` else `y`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(pred, a, b), x, y)
+
+
+def tree_dtype(x: PyTree) -> Any:
+    """The dtype in which scalars about `x` are kept: at least float32, and float32 for no leaves."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(x)]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *dtypes)
+
+
+def tree_dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
+    """`sum(x * y)` over all leaves, accumulated in `tree_dtype(x)` at the highest precision."""
+    dtype = tree_dtype(x)
+    terms = jax.tree.map(
+        lambda a, b: jnp.vdot(a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST), x, y
+    )
+    return sum(jax.tree.leaves(terms), start=jnp.zeros((), dtype))
+
+
+def tree_norm(x: PyTree[Array]) -> Float[Array, ""]:
+    """Euclidean norm over all leaves."""
+    return jnp.sqrt(tree_dot(x, x))
+
+
+def tree_size(x: PyTree) -> int:
+    """Number of elements over all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(x))
+
+
+def tree_all_finite(x: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether no leaf holds a NaN or an infinity."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def tree_random_like(key: Array, x: PyTree) -> PyTree[Array]:
+    """Independent standard normal values of the shapes and dtypes of `x`."""
+    leaves, structure = jax.tree.flatten(x)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    draws = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(structure, draws)
+
+
+def tree_cast_like(x: PyTree[Array], like: PyTree) -> PyTree[Array]:
+    """`x` in the dtypes of `like`."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), x, like)
+
+
+def promote_half(x: PyTree[Array]) -> PyTree[Array]:
+    """bfloat16 and float16 leaves as float32, all others untouched: a master copy."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in _HALF else leaf, x)
+
+
+def stop_gradient(x: PyTree) -> PyTree:
+    """`lax.stop_gradient` on the inexact arrays of any pytree (functions and integers pass)."""
+    dynamic, static = eqx.partition(x, eqx.is_inexact_array)
+    return eqx.combine(jax.lax.stop_gradient(dynamic), static)
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether `x` is an array that can carry a derivative."""
+    return eqx.is_inexact_array(x)
+
+
+def count(predicate: Callable[[Any], bool], x: PyTree) -> int:
+    """Number of leaves for which `predicate` holds."""
+    return sum(bool(predicate(leaf)) for leaf in jax.tree.leaves(x))

@@ -1,0 +1,45 @@
+"""What can go wrong, as one enumeration that every room shares."""
+
+import optimistix as optx
+
+
+class RESULTS(optx.RESULTS):  # type: ignore[misc]
+    """How a solve, a hypergradient or a run ended.
+
+    A subclass of `optimistix.RESULTS`, so that its members (and Lineax's) can be promoted into it
+    with `RESULTS.promote`. Compare with members of this class only: `==` across two enumerations
+    raises, even for `successful`.
+
+    The members added here are told apart in the order in which they are listed.
+    """
+
+    successful = ""
+    singular_curvature = (
+        "The curvature of the inner problem is singular to working precision: its smallest Ritz "
+        "value is at rounding level. The inner solution is not unique to first order, so "
+        "the hypergradient is not defined. Regularise the inner problem (an L2 term), or ask for a "
+        "damped derivative with `Implicit(damping=..., rtol=None)`."
+    )
+    indefinite_curvature = (
+        "A direction of negative curvature was found: the point that the inner solver returned is "
+        "not a minimum of the inner problem. Use another start or another inner solver."
+    )
+    no_influence = (
+        "A hyperparameter has no influence: neither the outer loss nor the inner gradient depends on "
+        "it. If it enters through the start or through the inner optimiser, the implicit derivative "
+        "does not see it: use `cx.Unrolled()` with `cx.Steps`."
+    )
+    adjoint_not_converged = (
+        "The linear solve for the adjoint spent its budget of steps. Pass a preconditioner, a direct "
+        "`linear_solver`, or allow more steps."
+    )
+    inner_not_converged = (
+        "The estimated error of the hypergradient is over the accuracy that was requested: the inner "
+        "solution is not accurate enough. Tighten the inner solver, allow more steps, raise "
+        "`max_sweeps`, or loosen `rtol`/`atol` of the rule."
+    )
+    precision_limited = (
+        "The accuracy that was requested of the hypergradient is beyond what this floating-point "
+        "precision allows at the condition number of the inner curvature. Use float64, regularise the "
+        "inner problem, or loosen `rtol`/`atol` of the rule."
+    )
