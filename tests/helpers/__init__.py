@@ -1,0 +1,1 @@
+"""Problems whose solutions and hypergradients are known, and how to compare with them."""
