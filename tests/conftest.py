@@ -1,6 +1,64 @@
-"""Settings of the whole suite: float64 on, strict promotion, no compilation left between runs."""
+"""Settings of the whole suite: float64 on, strict promotion, fixed seeds, no compilation left over."""
 
+import os
+import zlib
+
+import hypothesis
 import jax
+import matplotlib
+import numpy as np
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+matplotlib.use("Agg")
+
+# Added to the seed of every test, to try the suite on other draws: CURVAX_TEST_SEED=1 make test.
+BASE_SEED = int(os.environ.get("CURVAX_TEST_SEED", "0"))
+
+hypothesis.settings.register_profile(
+    "suite", derandomize=BASE_SEED == 0, deadline=None, max_examples=25, print_blob=True
+)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What a failure depends on, printed once."""
+    backend = f"{jax.default_backend()} x {jax.device_count()}"
+    return f"curvax: jax {jax.__version__} on {backend}, float64, CURVAX_TEST_SEED={BASE_SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, JAX sees none"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compilations():
+    """Drop the executables of a module after it: in one process they would pile up to gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this test's own, the same in every run, printed when the test fails."""
+    value = (zlib.crc32(request.node.name.encode()) + BASE_SEED) % 2**31
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture
+def key(seed: int) -> jax.Array:
+    """A JAX key from `seed`."""
+    return jax.random.key(seed)
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """A NumPy generator from `seed`."""
+    return np.random.default_rng(seed)
