@@ -1,1 +1,12 @@
+"""Curvature matrices that are never formed: Lineax operators over pytrees."""
 
+from curvax.operators._base import AbstractDerivativeOperator as AbstractDerivativeOperator
+from curvax.operators._cross_derivative import CrossDerivative as CrossDerivative
+from curvax.operators._cross_derivative import cross_derivative as cross_derivative
+from curvax.operators._gauss_newton import GaussNewton as GaussNewton
+from curvax.operators._gauss_newton import gauss_newton as gauss_newton
+from curvax.operators._hessian import Hessian as Hessian
+from curvax.operators._hessian import hessian as hessian
+from curvax.operators._jacobian import Jacobian as Jacobian
+from curvax.operators._jacobian import fixed_point_jacobian as fixed_point_jacobian
+from curvax.operators._jacobian import residual_jacobian as residual_jacobian
