@@ -1,0 +1,43 @@
+"""Calling the library on a `Case`, so that equal shapes share one compilation."""
+
+import functools
+
+import curvax as cx
+import jax
+import numpy as np
+import optimistix as optx
+
+_WRAP = {"minimum": lambda fn: fn, "fixed_point": cx.FixedPoint, "root": cx.Root}
+
+
+@functools.cache
+def problem(kind, inner, outer):
+    """One `cx.Bilevel` per pair of functions: building it anew would compile anew."""
+    return cx.Bilevel(inner=_WRAP[kind](inner), outer=outer)
+
+
+@functools.cache
+def inner_solver(kind, single=False):
+    """A solver of the right sort, as tight as the precision makes sense of."""
+    tolerance = 1e-5 if single else 1e-10
+    solvers = {"minimum": optx.LBFGS, "fixed_point": optx.FixedPointIteration, "root": optx.Newton}
+    return solvers[kind](rtol=tolerance, atol=tolerance)
+
+
+def hypergradient(case, rule, *, solver=None, **kwargs):
+    """`cx.hypergradient` of a case."""
+    single = _is_single(case)
+    return cx.hypergradient(
+        problem(case.kind, case.inner, case.outer),
+        case.phi,
+        case.theta0,
+        inner_solver=inner_solver(case.kind, single) if solver is None else solver,
+        rule=rule,
+        inner_data=case.inner_data,
+        outer_data=case.outer_data,
+        **kwargs,
+    )
+
+
+def _is_single(case):
+    return any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(case.theta0))
