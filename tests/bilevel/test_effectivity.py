@@ -4,11 +4,12 @@ Inner solutions are stopped by gradient steps, by conjugate gradients and by noi
 stopped by requests from 1e-1 to 1e-9. One sweep: what is judged is the estimate, not the polish.
 """
 
-import curvax as cx
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
+
+import curvax as cx
 from helpers import effectivity
 from helpers.stopped import stack
 
@@ -22,7 +23,9 @@ def requests(stopped, seed):
 
 def labels(stopped, rtols):
     columns = zip(stopped.spectrum, stopped.condition, stopped.manner, rtols, strict=True)
-    return [f"{kind}, condition {kappa:.1e}, {manner}, rtol {rtol:g}" for kind, kappa, manner, rtol in columns]
+    return [
+        f"{kind}, condition {kappa:.1e}, {manner}, rtol {rtol:g}" for kind, kappa, manner, rtol in columns
+    ]
 
 
 def judge(title, stopped, row, rtols, eps=EPS):
@@ -40,7 +43,9 @@ def judge(title, stopped, row, rtols, eps=EPS):
     # What "successful" promises. (`estimate <= rtol * ‖grad‖` with the estimate at half the error.)
     size = np.linalg.norm(stopped.grad, axis=1)
     wrong = row.met & (row.error > 2.05 * rtols * size)
-    assert not np.any(wrong), [label for label, bad in zip(labels(stopped, rtols), wrong, strict=True) if bad][:5]
+    assert not np.any(wrong), [
+        label for label, bad in zip(labels(stopped, rtols), wrong, strict=True) if bad
+    ][:5]
 
 
 CASES = {
@@ -135,6 +140,8 @@ def test_single_precision_beyond_its_reach(seed):
     row = effectivity.measure(stopped, rtols)
     print(effectivity.report("float32, ill", effectivity.effectivity(row, 1e-7), ~row.flagged))
     wrong = row.met & (row.error > 2.05 * rtols * row.size)
-    assert not np.any(wrong), [label for label, bad in zip(labels(stopped, rtols), wrong, strict=True) if bad][:5]
+    assert not np.any(wrong), [
+        label for label, bad in zip(labels(stopped, rtols), wrong, strict=True) if bad
+    ][:5]
     # The control: where it does deliver it says so, at least sometimes.
     assert row.met.any()

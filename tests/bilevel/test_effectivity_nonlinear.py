@@ -4,14 +4,15 @@ The truth is polished by dense Newton steps from `hg.theta` itself. Counted is w
 as a failure and where the true relative error is below 0.3.
 """
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
+
+import curvax as cx
 from helpers import effectivity, nonlinear
 from helpers.polish import polish
-from jax.flatten_util import ravel_pytree
 
 TIMES = (20, 60, 150, 400, 1000, 3000)
 
@@ -34,15 +35,28 @@ def test_nonlinear(name, seed):
 
         def one(theta, rtol):
             hg = cx.hypergradient(
-                problem, phi, theta, inner_solver=effectivity.STAY, rule=cx.Implicit(rtol=rtol),
-                inner_data=data, outer_data=validation, throw=False,
-            )  # fmt: skip
+                problem,
+                phi,
+                theta,
+                inner_solver=effectivity.STAY,
+                rule=cx.Implicit(rtol=rtol),
+                inner_data=data,
+                outer_data=validation,
+                throw=False,
+            )
             truth = polish(inner, outer, hg.theta, phi, data, validation, steps=12)
             error = jnp.linalg.norm(ravel_pytree(hg.grad)[0] - truth.grad)
             # Newton may have left for another stationary point: then there is no truth for this one.
             known = (truth.residual < 1e-11) & (truth.smallest_eigenvalue > 0)
             met = hg.result == cx.RESULTS.successful
-            return error, hg.stats.error_estimate, jnp.linalg.norm(truth.grad), known, effectivity.flags(hg.result), met
+            return (
+                error,
+                hg.stats.error_estimate,
+                jnp.linalg.norm(truth.grad),
+                known,
+                effectivity.flags(hg.result),
+                met,
+            )
 
         rtols = jnp.asarray([1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8])
         return (*jax.vmap(one)(starts, rtols), rtols)

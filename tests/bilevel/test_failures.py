@@ -1,6 +1,5 @@
 """Failures are told apart, raise useful text by default, and never fire on a benign neighbour."""
 
-import curvax as cx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,9 +7,11 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+
+import curvax as cx
 from helpers import compare, problems, run
-from helpers.quadratics import conditioned, quadratic_case
 from helpers.dense import rotated
+from helpers.quadratics import conditioned, quadratic_case
 
 RULE = cx.Implicit(rtol=1e-4, max_sweeps=5)
 STAY = cx.Steps(optax.sgd(0.0), 1)
@@ -133,9 +134,13 @@ def test_non_finite(where, value):
     elif where == "theta0":
         bad = dataclasses.replace(case, theta0=case.theta0.at[2].set(value))
     elif where == "inner data":
-        bad = dataclasses.replace(case, inner_data=case.inner_data | {"b": case.inner_data["b"].at[1].set(value)})
+        bad = dataclasses.replace(
+            case, inner_data=case.inner_data | {"b": case.inner_data["b"].at[1].set(value)}
+        )
     else:
-        bad = dataclasses.replace(case, outer_data=case.outer_data | {"c": case.outer_data["c"].at[1].set(value)})
+        bad = dataclasses.replace(
+            case, outer_data=case.outer_data | {"c": case.outer_data["c"].at[1].set(value)}
+        )
     hg = solved(bad)
     assert hg.result == cx.RESULTS.nonfinite, hg.result
 
@@ -177,9 +182,16 @@ INFLUENCE = cx.Bilevel(inner=influence_inner, outer=influence_outer)
 
 def _influence(phi, case, throw=False, **kwargs):
     return cx.hypergradient(
-        INFLUENCE, phi, case.theta0, inner_solver=run.inner_solver("minimum"), rule=RULE,
-        inner_data=case.inner_data, outer_data=case.outer_data, throw=throw, **kwargs,
-    )  # fmt: skip
+        INFLUENCE,
+        phi,
+        case.theta0,
+        inner_solver=run.inner_solver("minimum"),
+        rule=RULE,
+        inner_data=case.inner_data,
+        outer_data=case.outer_data,
+        throw=throw,
+        **kwargs,
+    )
 
 
 def test_unused_hyperparameter():
@@ -209,12 +221,20 @@ def test_no_influence_names_the_leaf():
 def test_always_zero_pixel_is_legitimate():
     """A penalty on a feature that is zero everywhere has no influence, element-wise; that is no failure."""
     case = problems.ridge("features")
-    zeroed = {name: {**data, "x": data["x"].at[:, 3].set(0.0)} for name, data in
-              {"inner": case.inner_data, "outer": case.outer_data}.items()}  # fmt: skip
+    zeroed = {
+        name: {**data, "x": data["x"].at[:, 3].set(0.0)}
+        for name, data in {"inner": case.inner_data, "outer": case.outer_data}.items()
+    }
     hg = cx.hypergradient(
-        INFLUENCE, {"l2": case.phi}, case.theta0, inner_solver=run.inner_solver("minimum"), rule=RULE,
-        inner_data=zeroed["inner"], outer_data=zeroed["outer"], throw=False,
-    )  # fmt: skip
+        INFLUENCE,
+        {"l2": case.phi},
+        case.theta0,
+        inner_solver=run.inner_solver("minimum"),
+        rule=RULE,
+        inner_data=zeroed["inner"],
+        outer_data=zeroed["outer"],
+        throw=False,
+    )
     assert hg.result == cx.RESULTS.successful, hg.result
     assert float(hg.grad["l2"][3]) == 0.0
     keep = np.arange(8) != 3
@@ -237,9 +257,14 @@ def test_only_through_the_start():
     start = jnp.ones_like(case.theta0)
     with pytest.raises(Exception, match="Unrolled"):
         cx.hypergradient(
-            problem, start, start, inner_solver=run.inner_solver("minimum"), rule=RULE,
-            inner_data=case.inner_data, outer_data=case.outer_data,
-        )  # fmt: skip
+            problem,
+            start,
+            start,
+            inner_solver=run.inner_solver("minimum"),
+            rule=RULE,
+            inner_data=case.inner_data,
+            outer_data=case.outer_data,
+        )
 
 
 def test_only_through_the_learning_rate():

@@ -3,7 +3,6 @@
 Inner problem ½ wᵀHw − λᵀw unless said otherwise; beside each failure stands its benign control.
 """
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -11,11 +10,13 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from sklearn.datasets import load_digits
+
+import curvax as cx
 from helpers import chains, compare, problems, run
 from helpers.dense import refined_solve, rotated
 from helpers.problem import as_numpy
 from helpers.quadratics import quadratic_case
-from sklearn.datasets import load_digits
 
 RULE = cx.Implicit(rtol=1e-6, max_sweeps=20)
 
@@ -39,9 +40,14 @@ def truth(matrix, lam):
 def hypergradient(matrix, lam, rule=RULE, solver=None, **kwargs):
     solver = optx.BFGS(rtol=1e-10, atol=1e-10) if solver is None else solver
     return cx.hypergradient(
-        PROBLEM, jnp.asarray(lam), jnp.zeros(len(lam)), inner_solver=solver, rule=rule,
-        inner_data=jnp.asarray(matrix), **kwargs,
-    )  # fmt: skip
+        PROBLEM,
+        jnp.asarray(lam),
+        jnp.zeros(len(lam)),
+        inner_solver=solver,
+        rule=rule,
+        inner_data=jnp.asarray(matrix),
+        **kwargs,
+    )
 
 
 SIZES = (6, 40)
@@ -109,9 +115,14 @@ def test_indefinite_neumann_is_reported():
     lam = np.linspace(-1.0, 2.0, 8)
     solution = jnp.asarray(np.linalg.solve(matrix, lam))
     hg = cx.hypergradient(
-        PROBLEM, jnp.asarray(lam), solution, inner_solver=cx.Steps(optax.sgd(0.0), 1),
-        rule=cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann()), inner_data=jnp.asarray(matrix), throw=False,
-    )  # fmt: skip
+        PROBLEM,
+        jnp.asarray(lam),
+        solution,
+        inner_solver=cx.Steps(optax.sgd(0.0), 1),
+        rule=cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann()),
+        inner_data=jnp.asarray(matrix),
+        throw=False,
+    )
     assert hg.result != cx.RESULTS.successful
 
 
@@ -124,7 +135,9 @@ def test_adam_that_calls_itself_successful():
     """Optimistix `OptaxMinimiser(adam, rtol=atol=1e-3)`: "successful", hypergradient error 4.0."""
     matrix, lam = _adam_case()
     adam = optx.OptaxMinimiser(optax.adam(1e-3), rtol=1e-3, atol=1e-3)
-    solution = optx.minimise(lambda w, a: inner(w, a[0], a[1]), adam, jnp.zeros(10), (jnp.asarray(lam), matrix))
+    solution = optx.minimise(
+        lambda w, a: inner(w, a[0], a[1]), adam, jnp.zeros(10), (jnp.asarray(lam), matrix)
+    )
     assert solution.result == optx.RESULTS.successful
     expected = truth(matrix, lam)
     hg = hypergradient(matrix, lam, cx.Implicit(rtol=None), adam)
@@ -162,10 +175,15 @@ def digits():
     train, validation = _digits()
     phi = jnp.full((64, 10), -5.0) + 0.5 * jax.random.normal(jax.random.key(0), (64, 10))
     start = optx.minimise(
-        lambda t, a: softmax_inner(t, *a), optx.LBFGS(rtol=1e-6, atol=1e-6), jnp.zeros((64, 10)), (phi, train),
+        lambda t, a: softmax_inner(t, *a),
+        optx.LBFGS(rtol=1e-6, atol=1e-6),
+        jnp.zeros((64, 10)),
+        (phi, train),
         max_steps=2000,
-    ).value  # fmt: skip
-    polished = jax.jit(lambda t: polish(softmax_inner, softmax_loss, t, phi, train, validation, steps=4))(start)
+    ).value
+    polished = jax.jit(lambda t: polish(softmax_inner, softmax_loss, t, phi, train, validation, steps=4))(
+        start
+    )
     assert float(polished.residual) < 1e-12
     return phi, train, validation, np.asarray(polished.grad).reshape(64, 10)
 
@@ -176,10 +194,14 @@ def test_digits_with_one_penalty_per_weight(digits, rtol):
     """jaxopt at tol 1e-8 is 3.5e-4 off here; LBFGS at its default tolerance 5 %."""
     phi, train, validation, expected = digits
     hg = cx.hypergradient(
-        cx.Bilevel(inner=softmax_inner, outer=softmax_loss), phi, jnp.zeros((64, 10)),
-        inner_solver=optx.LBFGS(rtol=1e-2, atol=1e-2), rule=cx.Implicit(rtol=rtol, max_sweeps=10),
-        inner_data=train, outer_data=validation,
-    )  # fmt: skip
+        cx.Bilevel(inner=softmax_inner, outer=softmax_loss),
+        phi,
+        jnp.zeros((64, 10)),
+        inner_solver=optx.LBFGS(rtol=1e-2, atol=1e-2),
+        rule=cx.Implicit(rtol=rtol, max_sweeps=10),
+        inner_data=train,
+        outer_data=validation,
+    )
     assert hg.result == cx.RESULTS.successful
     assert compare.relative_error(hg.grad, expected) <= rtol
 
@@ -189,10 +211,15 @@ def test_loose_lbfgs_is_reported(digits):
     """The inner solver of a peer's default tolerance: some per cent off, and the estimate says how much."""
     phi, train, validation, expected = digits
     hg = cx.hypergradient(
-        cx.Bilevel(inner=softmax_inner, outer=softmax_loss), phi, jnp.zeros((64, 10)),
-        inner_solver=optx.LBFGS(rtol=1e-2, atol=1e-2), rule=cx.Implicit(rtol=1e-6, max_sweeps=1),
-        inner_data=train, outer_data=validation, throw=False,
-    )  # fmt: skip
+        cx.Bilevel(inner=softmax_inner, outer=softmax_loss),
+        phi,
+        jnp.zeros((64, 10)),
+        inner_solver=optx.LBFGS(rtol=1e-2, atol=1e-2),
+        rule=cx.Implicit(rtol=1e-6, max_sweeps=1),
+        inner_data=train,
+        outer_data=validation,
+        throw=False,
+    )
     error = compare.absolute_error(hg.grad, expected)
     assert hg.result == cx.RESULTS.inner_not_converged
     assert float(hg.stats.error_estimate) >= 0.5 * error
@@ -203,7 +230,9 @@ def test_one_layer_used_twice():
     """cvxpylayers 0.1.9 is wrong when one layer stands twice in a function."""
     case = problems.MINIMA["condition 1e1"]()
     theta_star = cx.solution_map(
-        run.problem(case.kind, case.inner, case.outer), optx.BFGS(rtol=1e-11, atol=1e-11), cx.Implicit(rtol=1e-8)
+        run.problem(case.kind, case.inner, case.outer),
+        optx.BFGS(rtol=1e-11, atol=1e-11),
+        cx.Implicit(rtol=1e-8),
     )
     a = jnp.zeros(len(case.phi))
 
@@ -226,9 +255,7 @@ def test_start_only_hyperparameter():
         inner=lambda t, p, b: 0.5 * jnp.sum((t - 1.0) ** 2), outer=lambda t, p, b: jnp.sum(t**2)
     )
     with pytest.raises(Exception, match="(?i)influence"):
-        cx.hypergradient(
-            problem, case.phi, case.phi, inner_solver=optx.BFGS(rtol=1e-8, atol=1e-8), rule=RULE
-        )
+        cx.hypergradient(problem, case.phi, case.phi, inner_solver=optx.BFGS(rtol=1e-8, atol=1e-8), rule=RULE)
 
 
 def test_grad_of_a_linear_loss_of_a_failed_solve_raises():
@@ -254,14 +281,21 @@ def test_jacobian_is_not_materialised():
 
     def grad(phi):
         return cx.hypergradient(
-            problem, phi, jnp.zeros(size), inner_solver=cx.Steps(optax.sgd(0.25), 60), rule=RULE, inner_data=scales
+            problem,
+            phi,
+            jnp.zeros(size),
+            inner_solver=cx.Steps(optax.sgd(0.25), 60),
+            rule=RULE,
+            inner_data=scales,
         ).grad
 
     compiled = jax.jit(grad).lower(jnp.asarray(0.0)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 200 * 8 * size
     w, e = 1.0 / (np.asarray(scales) + 1.0), 1.0
     # dw*/dφ = e(1 − w)/(s + e).
-    assert float(compiled(jnp.asarray(0.0))) == pytest.approx(np.sum(w * e * (1 - w) / (np.asarray(scales) + 1)), rel=1e-6)
+    assert float(compiled(jnp.asarray(0.0))) == pytest.approx(
+        np.sum(w * e * (1 - w) / (np.asarray(scales) + 1)), rel=1e-6
+    )
 
 
 def test_preconditioner_reaches_the_adjoint():
@@ -269,7 +303,9 @@ def test_preconditioner_reaches_the_adjoint():
     values = np.logspace(-5, 0, 40)
     matrix, lam = np.diag(values), np.linspace(-1.0, 2.0, 40)
     stay = cx.Steps(optax.sgd(0.0), 1)
-    plain = hypergradient(matrix, lam, cx.Implicit(rtol=1e-6, linear_solver=cx.linear.CG(), max_sweeps=20), stay)
+    plain = hypergradient(
+        matrix, lam, cx.Implicit(rtol=1e-6, linear_solver=cx.linear.CG(), max_sweeps=20), stay
+    )
     exact = lx.DiagonalLinearOperator(jnp.asarray(1.0 / values))
     rule = cx.Implicit(rtol=1e-6, linear_solver=cx.linear.CG(), preconditioner=exact, max_sweeps=20)
     preconditioned = hypergradient(matrix, lam, rule, stay)

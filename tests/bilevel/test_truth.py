@@ -1,10 +1,11 @@
 """Hypergradients equal the truth to the accuracy that was requested, in both precisions."""
 
-import curvax as cx
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
+
+import curvax as cx
 from helpers import compare, problems, run
 
 RULE = cx.Implicit(rtol=1e-6, max_sweeps=20)
@@ -159,4 +160,6 @@ DIRECT = {
 @pytest.mark.parametrize("name", DIRECT)
 def test_other_linear_solvers(name):
     case = problems.MINIMA["condition 1e2"]()
-    check(case, run.hypergradient(case, cx.Implicit(rtol=1e-6, linear_solver=DIRECT[name], max_sweeps=20)), 1e-6)
+    check(
+        case, run.hypergradient(case, cx.Implicit(rtol=1e-6, linear_solver=DIRECT[name], max_sweeps=20)), 1e-6
+    )

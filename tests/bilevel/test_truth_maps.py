@@ -1,11 +1,12 @@
 """`solution_map` as a function: every order and mode, nested, and used twice."""
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
+
+import curvax as cx
 from helpers import chains, compare, problems, run
 from helpers.problem import as_numpy
 
@@ -21,7 +22,10 @@ def _map(case, solver=SOLVER):
 CASES = {
     "minimum": (problems.MINIMA["condition 1e1"], SOLVER),
     "root": (problems.ROOTS["non-symmetric"], optx.Newton(rtol=1e-11, atol=1e-11)),
-    "fixed point": (problems.FIXED_POINTS["quadratic as map"], optx.FixedPointIteration(rtol=1e-13, atol=1e-13)),
+    "fixed point": (
+        problems.FIXED_POINTS["quadratic as map"],
+        optx.FixedPointIteration(rtol=1e-13, atol=1e-13),
+    ),
 }
 
 
@@ -82,7 +86,9 @@ def test_one_map_used_twice():
         return 0.5 * jnp.sum((first - a) ** 2) + first @ theta_star(theta_star(2.0 * phi))
 
     value, grad = jax.jit(jax.value_and_grad(loss))(case.phi)
-    expected_value, expected = chains.twice_truth(as_numpy(case.phi), as_numpy(case.inner_data), np.asarray(a))
+    expected_value, expected = chains.twice_truth(
+        as_numpy(case.phi), as_numpy(case.inner_data), np.asarray(a)
+    )
     assert float(value) == pytest.approx(expected_value, rel=1e-7)
     assert compare.relative_error(grad, expected) <= 1e-6
 
@@ -136,9 +142,14 @@ def test_three_levels_by_hypergradient():
 
     x = np.array([0.4, -1.1, 0.8])
     hg = cx.hypergradient(
-        cx.Bilevel(inner=inner, outer=outer), jnp.asarray(x), jnp.zeros(3),
-        inner_solver=SOLVER, rule=cx.Implicit(rtol=1e-6, max_sweeps=5), inner_data=data, outer_data=data,
-    )  # fmt: skip
+        cx.Bilevel(inner=inner, outer=outer),
+        jnp.asarray(x),
+        jnp.zeros(3),
+        inner_solver=SOLVER,
+        rule=cx.Implicit(rtol=1e-6, max_sweeps=5),
+        inner_data=data,
+        outer_data=data,
+    )
     value, grad, _ = chains.chain_truth(x, chains.chain())
     assert float(hg.value) == pytest.approx(value, rel=1e-6)
     assert compare.relative_error(hg.grad, grad) <= 1e-6

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from helpers import chains, compare, problems
 from helpers.problem import as_numpy, finite_difference
 from helpers.tasks import quadratic_tasks
@@ -36,7 +37,9 @@ def test_reference_solves_the_inner_problem(key):
     theta = jax.tree.map(jnp.asarray, truth.theta)
     if case.kind == "minimum":
         residual = jax.grad(case.inner)(theta, case.phi, case.inner_data)
-        scale = max(1.0, np.linalg.norm(compare.flat(jax.grad(case.inner)(case.theta0, case.phi, case.inner_data))))
+        scale = max(
+            1.0, np.linalg.norm(compare.flat(jax.grad(case.inner)(case.theta0, case.phi, case.inner_data)))
+        )
     else:
         residual = case.inner(theta, case.phi, case.inner_data)
         residual = residual - theta if case.kind == "fixed_point" else residual

@@ -1,6 +1,5 @@
 """The same hypergradient under `jit`, under `vmap`, warm, and with modules and half precision."""
 
-import curvax as cx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,8 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+
+import curvax as cx
 from helpers import compare, problems, run
 from helpers.regression import ridge_features
 from helpers.tasks import quadratic_tasks, task_inner, task_outer
@@ -39,9 +40,14 @@ def test_vmap_over_tasks():
 
     def one(inner_data, outer_data):
         return cx.hypergradient(
-            problem, case.phi, case.theta0, inner_solver=solver, rule=RULE,
-            inner_data=inner_data, outer_data=outer_data,
-        )  # fmt: skip
+            problem,
+            case.phi,
+            case.theta0,
+            inner_solver=solver,
+            rule=RULE,
+            inner_data=inner_data,
+            outer_data=outer_data,
+        )
 
     hg = jax.jit(jax.vmap(one))(case.inner_data, case.outer_data)
     assert hg.grad.shape == (6, 5)
@@ -64,9 +70,15 @@ def test_vmap_keeps_failures_apart():
 
     def one(theta0, inner_data, outer_data):
         return cx.hypergradient(
-            problem, good.phi, theta0, inner_solver=stay, rule=RULE,
-            inner_data=inner_data, outer_data=outer_data, throw=False,
-        )  # fmt: skip
+            problem,
+            good.phi,
+            theta0,
+            inner_solver=stay,
+            rule=RULE,
+            inner_data=inner_data,
+            outer_data=outer_data,
+            throw=False,
+        )
 
     hg = jax.jit(jax.vmap(one))(start, data, outer)
     succeeded = np.asarray(hg.result == cx.RESULTS.successful)
@@ -148,10 +160,14 @@ def test_equinox_module_as_theta():
 
     model = Linear(case.theta0, jnp.asarray(3), lambda x: x)
     hg = cx.hypergradient(
-        cx.Bilevel(inner=inner, outer=outer), case.phi, model,
-        inner_solver=run.inner_solver("minimum"), rule=RULE,
-        inner_data=case.inner_data, outer_data=case.outer_data,
-    )  # fmt: skip
+        cx.Bilevel(inner=inner, outer=outer),
+        case.phi,
+        model,
+        inner_solver=run.inner_solver("minimum"),
+        rule=RULE,
+        inner_data=case.inner_data,
+        outer_data=case.outer_data,
+    )
     assert isinstance(hg.theta, Linear)
     assert int(hg.theta.calls) == 3
     assert compare.relative_error(hg.grad, case.truth.grad) <= 1e-6
@@ -172,18 +188,25 @@ def test_equinox_mlp_as_theta():
         return jnp.mean((jax.vmap(model)(batch[0]) - batch[1]) ** 2)
 
     hg = cx.hypergradient(
-        cx.Bilevel(inner=inner, outer=outer), jnp.asarray(-2.0), model,
-        inner_solver=optx.BFGS(rtol=1e-8, atol=1e-8), rule=cx.Implicit(rtol=1e-4, max_sweeps=10),
-        inner_data=(x, y), outer_data=(x[:6], y[:6]),
-    )  # fmt: skip
+        cx.Bilevel(inner=inner, outer=outer),
+        jnp.asarray(-2.0),
+        model,
+        inner_solver=optx.BFGS(rtol=1e-8, atol=1e-8),
+        rule=cx.Implicit(rtol=1e-4, max_sweeps=10),
+        inner_data=(x, y),
+        outer_data=(x[:6], y[:6]),
+    )
     from helpers.polish import polish
 
     params, static = eqx.partition(hg.theta, eqx.is_inexact_array)
     truth = polish(
         lambda p, phi, b: inner(eqx.combine(p, static), phi, b),
         lambda p, phi, b: outer(eqx.combine(p, static), phi, b),
-        params, jnp.asarray(-2.0), (x, y), (x[:6], y[:6]),
-    )  # fmt: skip
+        params,
+        jnp.asarray(-2.0),
+        (x, y),
+        (x[:6], y[:6]),
+    )
     assert float(truth.smallest_eigenvalue) > 0 and float(truth.distance) < 1e-2
     assert compare.relative_error(hg.grad, truth.grad[0]) <= 2e-4
 
@@ -200,10 +223,14 @@ def test_half_precision_parameters():
         return 0.5 * jnp.mean((batch["x"] @ theta.astype(jnp.float32) - batch["y"]) ** 2)
 
     hg = cx.hypergradient(
-        cx.Bilevel(inner=inner, outer=outer), phi, case.theta0.astype(jnp.bfloat16),
-        inner_solver=optx.LBFGS(rtol=1e-4, atol=1e-4), rule=cx.Implicit(rtol=5e-2, max_sweeps=20),
-        inner_data=case.inner_data, outer_data=case.outer_data,
-    )  # fmt: skip
+        cx.Bilevel(inner=inner, outer=outer),
+        phi,
+        case.theta0.astype(jnp.bfloat16),
+        inner_solver=optx.LBFGS(rtol=1e-4, atol=1e-4),
+        rule=cx.Implicit(rtol=5e-2, max_sweeps=20),
+        inner_data=case.inner_data,
+        outer_data=case.outer_data,
+    )
     expected = case.reference(np.asarray(phi, np.float64)).grad
     assert hg.grad.dtype == jnp.bfloat16
     assert compare.relative_error(hg.grad, expected) <= 5e-2

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
 from helpers.dense import refined_solve, rotated
 
 

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import curvax as cx
 from helpers.stopped import Stack, stopped_inner, stopped_outer
 
 # One gradient step of length zero: the inner "solution" is the start that the case prescribes.

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+
 from helpers.problem import Case, Truth, as_jax, rounded
 
 

@@ -1,6 +1,7 @@
 """The table of all cases: every entry builds a `Case` in the dtype that is asked for."""
 
 import numpy as np
+
 from helpers.dense import rotated
 from helpers.fixed_points import tanh_layer
 from helpers.problem import Case
@@ -33,7 +34,9 @@ MINIMA = {
 
 FIXED_POINTS = {
     "tanh layer": lambda dtype=np.float64: tanh_layer("fixed_point", dtype=dtype),
-    "quadratic as map": lambda dtype=np.float64: conditioned(1e1, kind="uniform", case="fixed_point", dtype=dtype),
+    "quadratic as map": lambda dtype=np.float64: conditioned(
+        1e1, kind="uniform", case="fixed_point", dtype=dtype
+    ),
 }
 
 ROOTS = {
@@ -51,7 +54,9 @@ def indefinite(dtype=np.float64) -> Case:
 
 def singular(dtype=np.float64) -> Case:
     """One exactly zero eigenvalue (diagonal, so that rounding does not regularise it)."""
-    return quadratic_case(np.diag(np.concatenate([[0.0], np.linspace(0.5, 2.0, 7)])), dtype=dtype, name="singular")
+    return quadratic_case(
+        np.diag(np.concatenate([[0.0], np.linspace(0.5, 2.0, 7)])), dtype=dtype, name="singular"
+    )
 
 
 def definite(dtype=np.float64) -> Case:

@@ -6,6 +6,7 @@ With `g = ½ wᵀHw − wᵀ(Bφ + b)` and `f = ½ (w − t)ᵀM(w − t) + cᵀ
 
 import jax.numpy as jnp
 import numpy as np
+
 from helpers.dense import refined_solve, rotated, spectrum
 from helpers.problem import Case, Truth, as_jax, rounded
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from helpers.dense import refined_solve
 from helpers.problem import Case, Truth, as_jax, rounded
 

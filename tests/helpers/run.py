@@ -2,10 +2,11 @@
 
 import functools
 
-import curvax as cx
 import jax
 import numpy as np
 import optimistix as optx
+
+import curvax as cx
 
 _WRAP = {"minimum": lambda fn: fn, "fixed_point": cx.FixedPoint, "root": cx.Root}
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from helpers.dense import SPECTRA, refined_solve, rotated, spectrum
 
 
@@ -66,7 +67,9 @@ AMOUNTS = {
 }
 
 
-def stack(seed, *, n=24, conditions=(1e1, 1e2, 1e3, 1e4, 1e5, 1e6), spectra=SPECTRA, dtype=np.float64, every=1):
+def stack(
+    seed, *, n=24, conditions=(1e1, 1e2, 1e3, 1e4, 1e5, 1e6), spectra=SPECTRA, dtype=np.float64, every=1
+):
     """All combinations of spectrum, condition and stop; `every` keeps one in that many."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -86,7 +89,9 @@ def stack(seed, *, n=24, conditions=(1e1, 1e2, 1e3, 1e4, 1e5, 1e6), spectra=SPEC
             "c": rng.standard_normal(n),
         }
         phi = np.log(1.0 / condition) + rng.uniform(-1.0, 1.0, n) if penalised else rng.standard_normal(n)
-        inner, outer, phi = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float64), (inner, outer, phi))
+        inner, outer, phi = jax.tree.map(
+            lambda leaf: leaf.astype(dtype).astype(np.float64), (inner, outer, phi)
+        )
         curvature = inner["H"] + inner["s"] * np.diag(np.exp(phi))
         solution = refined_solve(curvature, inner["B"] @ phi + inner["b"])
         adjoint = refined_solve(curvature, outer["M"] @ (solution - outer["t"]) + outer["c"])
@@ -96,7 +101,9 @@ def stack(seed, *, n=24, conditions=(1e1, 1e2, 1e3, 1e4, 1e5, 1e6), spectra=SPEC
             if (number + index) % every:
                 continue
             theta0 = _stop(manner, amount, curvature, solution, rng)
-            rows.append((inner, outer, phi, theta0, grad, np.linalg.cond(curvature), kind, f"{manner} {amount:g}"))
+            rows.append(
+                (inner, outer, phi, theta0, grad, np.linalg.cond(curvature), kind, f"{manner} {amount:g}")
+            )
     inner, outer, phi, theta0, grad, condition, kinds, manners = zip(*rows, strict=True)
 
     def stacked(trees):

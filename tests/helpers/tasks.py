@@ -7,6 +7,7 @@ Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", 2019,
 
 import jax.numpy as jnp
 import numpy as np
+
 from helpers.dense import refined_solve, rotated
 from helpers.problem import Case, Truth, as_jax, rounded
 
@@ -34,7 +35,10 @@ def quadratic_tasks(number=6, n=5, penalty=0.5, seed=0, dtype=np.float64):
         "b": rng.standard_normal((number, n)),
         "penalty": np.full(number, penalty),
     }
-    outer = {"C": stack(lambda: rotated(rng.uniform(0.1, 3.0, n), rng)), "d": rng.standard_normal((number, n))}
+    outer = {
+        "C": stack(lambda: rotated(rng.uniform(0.1, 3.0, n), rng)),
+        "d": rng.standard_normal((number, n)),
+    }
     inner, outer = rounded(inner, dtype), rounded(outer, dtype)
     phi = rounded(rng.standard_normal(n), dtype)
 

@@ -7,6 +7,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+
 from helpers.dense import refined_solve, rotated
 from helpers.problem import Case, Truth, as_jax, rounded
 
@@ -50,7 +51,12 @@ def awkward_tree(n=4, seed=0, dtype=np.float64):
         theta = {"w": w, "b": np.asarray(b), "none": None, "empty": np.zeros((0, 3))}
         return Truth(theta, float(value), grad)
 
-    theta0 = {"w": jnp.zeros(n, dtype), "b": jnp.zeros((), dtype), "none": None, "empty": jnp.zeros((0, 3), dtype)}
+    theta0 = {
+        "w": jnp.zeros(n, dtype),
+        "b": jnp.zeros((), dtype),
+        "none": None,
+        "empty": jnp.zeros((0, 3), dtype),
+    }
     return Case(
         name="awkward tree",
         kind="minimum",
