@@ -1,0 +1,97 @@
+"""Every snippet that a reader can copy runs: README, docs pages, docstrings."""
+
+import doctest
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from test_package import public_objects
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^([ ]*)```python[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+PAGES = [
+    page
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if BLOCK.search(page.read_text())
+]
+
+
+def script(page: Path) -> str:
+    """The Python blocks of a page as one program in which every line keeps its number."""
+    text = page.read_text()
+    lines = [""] * text.count("\n")
+    for block in BLOCK.finditer(text):
+        first = text.count("\n", 0, block.start(2))
+        for offset, line in enumerate(textwrap.dedent(block.group(2)).splitlines()):
+            lines[first + offset] = line
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_runs(page, tmp_path):
+    """The blocks of a page, in order, in an interpreter with JAX's default settings."""
+    program = tmp_path / "page.py"
+    program.write_text(script(page))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path, env=kept, check=False
+    )
+    assert done.returncode == 0, f"{page.name} (line numbers are the page's):\n{done.stderr}"
+
+
+def docstring_examples() -> dict[str, list[doctest.Example] | list[str]]:
+    """The examples of each public docstring and of its public methods: `>>>` lines or python fences."""
+    found: dict[str, list] = {}
+    for name, value in public_objects().items():
+        targets = {name: value}
+        if inspect.isclass(value):
+            targets |= {
+                f"{name}.{k}": v for k, v in vars(value).items() if k[0] != "_" and inspect.isfunction(v)
+            }
+        for label, target in targets.items():
+            text = inspect.getdoc(target) or ""
+            examples = doctest.DocTestParser().get_examples(text) or [
+                textwrap.dedent(code) for _, code in BLOCK.findall(text)
+            ]
+            if examples and (inspect.isclass(target) or inspect.isroutine(target)):
+                found[label] = examples
+    return found
+
+
+EXAMPLES = docstring_examples()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_docstring_example_runs(name):
+    """The example of a docstring runs as it stands, and prints what it says where it says it."""
+    examples = EXAMPLES[name]
+    namespace: dict[str, object] = {}
+    if isinstance(examples[0], str):
+        for block in examples:
+            exec(compile(block, name, "exec"), namespace)
+        return
+    test = doctest.DocTest(examples, namespace, name, None, None, None)
+    report: list[str] = []
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.DocTestRunner(optionflags=options).run(test, out=report.append)
+    assert result.failed == 0, "".join(report)
+
+
+def test_public_functions_have_an_example():
+    """A public function or class without an example in its docstring is listed here with the reason."""
+    without = {
+        name
+        for name, value in public_objects().items()
+        if (inspect.isclass(value) or inspect.isfunction(value)) and name not in EXAMPLES
+    }
+    assert without == WITHOUT_EXAMPLE
+
+
+# What is only ever received, or is a base class: shown where it is used.
+WITHOUT_EXAMPLE = {"curvax.RESULTS"}
