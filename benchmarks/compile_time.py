@@ -1,0 +1,61 @@
+"""Claim: one hypergradient compiles no slower than jaxopt's and Optimistix's.
+
+Tracing, lowering and compiling the first call, each in a fresh process without a persistent cache, in turns.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import contenders
+import harness
+import jax
+import problems
+
+REPEATS = 5
+
+
+def one(name: str) -> float:
+    """Seconds that `name` takes to trace, lower and compile in this process."""
+    training, validation = problems.digits()
+    phi, weights = problems.start()
+    start = time.perf_counter()
+    contenders.compiled(contenders.CONTENDERS[name], phi, weights, training, validation)
+    return time.perf_counter() - start
+
+
+def in_fresh_process(name: str) -> float:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__, "--one", name]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def measure() -> harness.Report:
+    times: dict[str, list[float]] = {name: [] for name in contenders.CONTENDERS}
+    for turn in range(REPEATS):
+        names = list(times) if turn % 2 == 0 else list(times)[::-1]
+        for name in names:
+            times[name].append(in_fresh_process(name))
+    rows = [
+        {"library": name, "compile s (median)": statistics.median(t), "least": min(t), "most": max(t)}
+        for name, t in times.items()
+    ]
+    return harness.Report(
+        "Compile time of one hypergradient",
+        contenders.setting(),
+        rows,
+        [
+            harness.Claim(f"Curvax ÷ {peer}", harness.ratio(times["Curvax"], times[peer]), at_most=1.0)
+            for peer in ("Optimistix", "jaxopt")
+        ],
+    )
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(one(sys.argv[2])))
+    else:
+        harness.main(measure)
