@@ -13,6 +13,13 @@ MAX_DENSE_ELEMENTS = 4096**2
 _CHUNK = 64
 
 
+def structure_of(tree: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a tree of arrays, weak types forgotten."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), jax.eval_shape(lambda: tree)
+    )
+
+
 def structure_dtype(structure: PyTree[jax.ShapeDtypeStruct]) -> jnp.dtype:
     """The dtype that holds every leaf of `structure`; float32 where there is no leaf."""
     with jax.numpy_dtype_promotion("standard"):

@@ -1,0 +1,169 @@
+"""Restarted GMRES over pytrees, for use inside `Auto`.
+
+Lineax has a public GMRES. It tests convergence at restarts only, entry by entry against |b|, so that a
+zero entry of b with atol = 0 can never pass (or passes as NaN); here each step has the Euclidean norm
+of the residual at hand and may stop.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from curvax._pytree import tree_add, tree_dtype, tree_norm, tree_size, tree_sub, tree_where
+from curvax.linear._system import MatVec
+from curvax.operators._dense import ravel, structure_of, unravel
+
+
+class GMRESInfo(NamedTuple):
+    """What a run of GMRES learnt; scalars."""
+
+    num_matvecs: Int[Array, ""]
+    residual_norm: Scalar  # of the true residual b − Ax
+    converged: Bool[Array, ""]
+    stalled: Bool[Array, ""]  # a whole cycle took off less than a twentieth of the residual
+    nonfinite: Bool[Array, ""]
+
+
+class _Cycle(NamedTuple):
+    basis: Float[Array, "m1 n"]
+    triangle: Float[Array, "m m"]  # R of the QR factorisation of the Hessenberg matrix, by columns
+    cosines: Float[Array, " m"]
+    sines: Float[Array, " m"]
+    rotated: Float[Array, " m1"]  # Qᵀ β e₁; its last entry is the residual norm
+    steps: Int[Array, ""]
+    finished: Bool[Array, ""]
+
+
+def _rotate(column: Float[Array, " m1"], cosines: Array, sines: Array, count: Int[Array, ""]) -> Float[Array, " m1"]:
+    """Apply the first `count` Givens rotations to a column of the Hessenberg matrix."""
+
+    def one(i: Array, h: Array) -> Array:
+        a, b = h[i], h[i + 1]
+        return h.at[i].set(cosines[i] * a + sines[i] * b).at[i + 1].set(cosines[i] * b - sines[i] * a)
+
+    return jax.lax.fori_loop(0, count, one, column)
+
+
+def _cycle(
+    apply: MatVec, r: Float[Array, " n"], target: Scalar, restart: int, budget: Int[Array, ""]
+) -> tuple[Float[Array, " m"], Float[Array, "m1 n"], Int[Array, ""]]:
+    """One Arnoldi cycle from residual r: coefficients of the correction, its basis, the steps taken."""
+    dtype = r.dtype
+    eps = jnp.finfo(dtype).eps
+    norm = jnp.linalg.norm(r)
+    begin = _Cycle(
+        basis=jnp.zeros((restart + 1, r.size), dtype).at[0].set(r / jnp.where(norm > 0, norm, 1)),
+        triangle=jnp.eye(restart, dtype=dtype),
+        cosines=jnp.zeros((restart,), dtype),
+        sines=jnp.zeros((restart,), dtype),
+        rotated=jnp.zeros((restart + 1,), dtype).at[0].set(norm),
+        steps=jnp.asarray(0),
+        finished=~(norm > target),
+    )
+
+    def body(c: _Cycle) -> _Cycle:
+        k = c.steps
+        w = apply(c.basis[k])
+        length = jnp.linalg.norm(w)
+        # Gram–Schmidt twice: orthogonal to working precision, and only matrix–vector work.
+        first = c.basis @ w
+        w = w - first @ c.basis
+        second = c.basis @ w
+        w = w - second @ c.basis
+        height = jnp.linalg.norm(w)
+        # The Krylov space is invariant: what is left of w is rounding.
+        invariant = height <= 10 * eps * length
+        height = jnp.where(invariant, 0, height)
+        column = _rotate((first + second).at[k + 1].set(height), c.cosines, c.sines, k)
+        a, b = column[k], column[k + 1]
+        pivot = jnp.sqrt(a * a + b * b)
+        # A zero pivot means a singular operator: leave the direction out.
+        usable = pivot > eps * length
+        safe = jnp.where(usable, pivot, 1)
+        cosine, sine = jnp.where(usable, a / safe, 0), jnp.where(usable, b / safe, 1)
+        new = jnp.where(usable, column[:-1].at[k].set(pivot), jnp.zeros_like(column[:-1]).at[k].set(1))
+        head = c.rotated[k]
+        rotated = c.rotated.at[k].set(jnp.where(usable, cosine * head, 0)).at[k + 1].set(-sine * head)
+        mask = jnp.arange(restart) <= k
+        return _Cycle(
+            basis=c.basis.at[k + 1].set(jnp.where(height > 0, w / jnp.where(height > 0, height, 1), 0)),
+            triangle=c.triangle.at[:, k].set(jnp.where(mask, new, 0)),
+            cosines=c.cosines.at[k].set(cosine),
+            sines=c.sines.at[k].set(sine),
+            rotated=rotated,
+            steps=k + 1,
+            finished=invariant | ~(jnp.abs(sine * head) > target) | ~usable,
+        )
+
+    def unfinished(c: _Cycle) -> Bool[Array, ""]:
+        return ~c.finished & (c.steps < jnp.minimum(restart, budget))
+
+    end = jax.lax.while_loop(unfinished, body, begin)
+    used = jnp.where(jnp.arange(restart) < end.steps, end.rotated[:-1], 0)
+    return jax.scipy.linalg.solve_triangular(end.triangle, used), end.basis, end.steps
+
+
+class _Carry(NamedTuple):
+    x: PyTree[Array]
+    r: PyTree[Array]
+    residual_norm: Scalar
+    num_matvecs: Int[Array, ""]
+    stalled: Bool[Array, ""]
+    nonfinite: Bool[Array, ""]
+
+
+def gmres(
+    matvec: MatVec,
+    x: PyTree[Array],
+    r: PyTree[Array],
+    *,
+    target: Scalar,
+    max_steps: Int[Array, ""] | int,
+    restart: int,
+    preconditioner: MatVec | None = None,
+) -> tuple[PyTree[Array], PyTree[Array], GMRESInfo]:
+    """Improve x, whose residual is r = b − Ax, until the true residual norm is at most `target`.
+
+    Preconditioned from the right, so that the residual is that of the system itself. Returns x, its residual
+    and a `GMRESInfo`.
+
+    Source: Y. Saad, M. H. Schultz, "GMRES: a generalized minimal residual algorithm", SIAM J. Sci. Stat.
+    Comput. 7, 1986. Cost: one product a step and one a cycle; restart + 1 vectors.
+    """
+    dtype = tree_dtype(r)
+    structure = structure_of(r)
+    restart = min(restart, tree_size(r))
+    precondition: MatVec = preconditioner if preconditioner is not None else lambda v: v
+
+    def apply(v: Float[Array, " n"]) -> Float[Array, " n"]:
+        return ravel(matvec(precondition(unravel(v, structure))), dtype)
+
+    norm = tree_norm(r)
+    no = jnp.asarray(False)
+    begin = _Carry(x, r, norm, jnp.asarray(0), no, ~jnp.isfinite(norm))
+
+    def unfinished(c: _Carry) -> Bool[Array, ""]:
+        return ~(c.residual_norm <= target) & ~c.stalled & ~c.nonfinite & (c.num_matvecs < max_steps)
+
+    def body(c: _Carry) -> _Carry:
+        coefficients, basis, steps = _cycle(
+            apply, ravel(c.r, dtype), 0.9 * target, restart, max_steps - c.num_matvecs
+        )
+        step = precondition(unravel(coefficients @ basis[:-1], structure))
+        r = tree_sub(c.r, matvec(step))
+        residual_norm = tree_norm(r)
+        better = residual_norm < c.residual_norm
+        return _Carry(
+            tree_where(better, tree_add(c.x, step), c.x),
+            tree_where(better, r, c.r),
+            jnp.where(better, residual_norm, c.residual_norm),
+            c.num_matvecs + steps + 1,
+            ~(residual_norm <= 0.95 * c.residual_norm),
+            ~jnp.isfinite(residual_norm),
+        )
+
+    end = jax.lax.while_loop(unfinished, body, begin)
+    info = GMRESInfo(end.num_matvecs, end.residual_norm, end.residual_norm <= target, end.stalled, end.nonfinite)
+    return end.x, end.r, info

@@ -1,0 +1,124 @@
+"""What the solvers of this room share: checks, options, and work that runs only when it is needed."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+from curvax._pytree import tree_dtype, tree_norm, tree_sub, tree_where, tree_zeros_like
+
+MatVec = Callable[[PyTree[Array]], PyTree[Array]]
+_T = TypeVar("_T")
+
+
+def check_square(name: str, operator: lx.AbstractLinearOperator) -> None:
+    """Raise `ValueError` unless `operator` maps a space to itself."""
+    same = jax.tree.structure(operator.in_structure()) == jax.tree.structure(operator.out_structure()) and all(
+        a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(
+            jax.tree.leaves(operator.in_structure()), jax.tree.leaves(operator.out_structure()), strict=True
+        )
+    )
+    if not same:
+        raise ValueError(
+            f"`{name}` solves square systems only, found an operator from {operator.in_structure()} to "
+            f"{operator.out_structure()}. For least squares use `lx.LSMR` or `lx.Normal(...)`."
+        )
+
+
+def is_symmetric(operator: lx.AbstractLinearOperator) -> bool:
+    """Whether a real operator is tagged symmetric or definite."""
+    return bool(
+        lx.is_symmetric(operator) or lx.is_positive_semidefinite(operator) or lx.is_negative_semidefinite(operator)
+    )
+
+
+def check_tolerances(name: str, rtol: Any, atol: Any, max_steps: int | None) -> None:
+    """Raise `ValueError` for tolerances or budgets that cannot be meant. Traced values pass."""
+    for label, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, int | float) and not value >= 0:
+            raise ValueError(f"`{label}` of `{name}` must be at least 0, got {value}.")
+    if isinstance(rtol, int | float) and isinstance(atol, int | float) and rtol == 0 and atol == 0:
+        raise ValueError(f"`{name}` needs `rtol` or `atol` above 0: no solve in floating point reaches residual 0.")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"The step budget of `{name}` must be at least 1, got {max_steps}.")
+
+
+def tolerance(rtol: Scalar | float, atol: Scalar | float, vector: PyTree[Array]) -> Scalar:
+    """atol + rtol · ‖b‖, the residual norm at which a solve is done."""
+    dtype = tree_dtype(vector)
+    return jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * tree_norm(vector)
+
+
+def start(vector: PyTree[Array], options: dict[str, Any]) -> PyTree[Array] | None:
+    """`options["y0"]`, or None for zero. A zero right-hand side starts at its solution, zero."""
+    y0 = options.get("y0")
+    if y0 is None:
+        return None
+    if jax.tree.structure(y0) != jax.tree.structure(vector):
+        raise ValueError(
+            "`options['y0']` must have the structure of the right-hand side, found "
+            f"{jax.tree.structure(y0)} for {jax.tree.structure(vector)}."
+        )
+    y0 = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), y0, vector)
+    return tree_where(tree_norm(vector) > 0, y0, tree_zeros_like(vector))
+
+
+def start_and_residual(
+    matvec: MatVec, vector: PyTree[Array], options: dict[str, Any]
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """x₀ and b − A x₀, without a product where x₀ = 0."""
+    y0 = start(vector, options)
+    if y0 is None:
+        return tree_zeros_like(vector), vector
+    return y0, tree_sub(vector, matvec(y0))
+
+
+def preconditioner_of(name: str, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> MatVec | None:
+    """Products with `options["preconditioner"]`, linearised; None where there is none."""
+    preconditioner = options.get("preconditioner")
+    if preconditioner is None:
+        return None
+    if not isinstance(preconditioner, lx.AbstractLinearOperator):
+        raise ValueError(
+            f"`options['preconditioner']` of `{name}` must be a Lineax operator that approximates the inverse, "
+            f"found {type(preconditioner).__name__}."
+        )
+    if preconditioner.in_size() != operator.out_size() or preconditioner.out_size() != operator.in_size():
+        raise ValueError(
+            f"`options['preconditioner']` of `{name}` is {preconditioner.out_size()} × {preconditioner.in_size()} "
+            f"for an operator of {operator.out_size()} × {operator.in_size()}."
+        )
+    return lx.linearise(preconditioner).mv
+
+
+def transposed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the transposed solve: the preconditioner transposed, the start forgotten."""
+    return {"preconditioner": options["preconditioner"].transpose()} if "preconditioner" in options else {}
+
+
+def conjugated_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the conjugated solve, as `transposed_options`."""
+    return {"preconditioner": lx.conj(options["preconditioner"])} if "preconditioner" in options else {}
+
+
+def run_if(needed: Bool[Array, ""], compute: Callable[[_T], _T], otherwise: _T) -> _T:
+    """`compute(otherwise)` if `needed`, else `otherwise`, at no cost.
+
+    A loop of at most one turn instead of `lax.cond`: under `vmap` a `cond` becomes a select that
+    always computes both sides, a loop runs only while some example needs it.
+    """
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), compute(c[1])), (needed, otherwise))[1]
+
+
+def final_result(
+    converged: Bool[Array, ""], failures: tuple[tuple[Bool[Array, ""], lx.RESULTS], ...], otherwise: lx.RESULTS
+) -> lx.RESULTS:
+    """`successful` if converged, else the first failure that holds, else `otherwise`."""
+    result = otherwise
+    for holds, failure in reversed(failures):
+        result = lx.RESULTS.where(holds, failure, result)
+    return lx.RESULTS.where(converged, lx.RESULTS.successful, result)
