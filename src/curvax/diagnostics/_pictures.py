@@ -1,15 +1,18 @@
 """Pictures of runs and errors. Each returns a Matplotlib figure and touches no global state."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Array, Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from curvax.bilevel._history import History
+
+if TYPE_CHECKING:  # Matplotlib is loaded by the first picture, not by `import curvax`
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by the colour-blind; with dashes they survive a grey print too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -26,6 +29,13 @@ def _as_curve(name: str, values: Any) -> np.ndarray:
     if curve.ndim != 1 or curve.size == 0:
         raise ValueError(f"curve {name!r} must have shape (n,) with n >= 1, found {curve.shape}.")
     return curve
+
+
+def _figure(**settings: Any) -> Figure:
+    """A figure that pyplot knows nothing of."""
+    from matplotlib.figure import Figure
+
+    return Figure(**settings)
 
 
 def _prepare(axes: Axes, ylabel: str) -> None:
@@ -133,7 +143,7 @@ def plot_convergence(
     if not named:
         raise ValueError("`curves` is empty: there is nothing to plot.")
     arrays = {str(name): _as_curve(str(name), values) for name, values in named.items()}
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    figure = _figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     _prepare(axes, ylabel)
     log = _needs_log(list(arrays.values())) if log is None else log
@@ -157,7 +167,7 @@ def _plot_history(history: History, xlabel: str, title: str | None) -> Figure:
         gradients["estimated error"] = error
     work = {"curvature products": field("num_matvecs"), "inner steps": field("num_inner_steps")}
     panels = ({"outer loss": field("value")}, gradients, work)
-    figure = Figure(figsize=(6.4, 7.2), dpi=150, layout="constrained")
+    figure = _figure(figsize=(6.4, 7.2), dpi=150, layout="constrained")
     rows = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
     first = 0
     for axes, curves, label in zip(rows, panels, ("outer loss", "hypergradient", "count"), strict=True):
@@ -221,7 +231,7 @@ def plot_hypergradient_error(
     log_x = x is not None and bool(np.min(points) > 0) and _needs_log([points])
     xlabel = xlabel or ("hypergradient" if x is None else "x")
 
-    figure = Figure(figsize=(6.4, 4.0 if true_error is None else 5.6), dpi=150, layout="constrained")
+    figure = _figure(figsize=(6.4, 4.0 if true_error is None else 5.6), dpi=150, layout="constrained")
     if true_error is None:
         upper = lower = figure.add_subplot()
     else:
@@ -251,6 +261,8 @@ def _draw_effectivity(axes: Axes, x: np.ndarray, curves: Mapping[str, np.ndarray
     low, high = (finite.min(), finite.max()) if finite.size else (1.0, 1.0)
     axes.set_ylim(min(0.3, low / 1.5), max(3.0, high * 1.5))
     if high < 100 * low:  # within two decades plain numbers read better than powers of ten
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(NullFormatter())
