@@ -1,6 +1,5 @@
 """Arithmetic on pytrees of arrays. `None` leaves are empty subtrees, as everywhere in JAX."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -100,13 +99,3 @@ def stop_gradient(x: PyTree) -> PyTree:
     """`lax.stop_gradient` on the inexact arrays of any pytree (functions and integers pass)."""
     dynamic, static = eqx.partition(x, eqx.is_inexact_array)
     return eqx.combine(jax.lax.stop_gradient(dynamic), static)
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether `x` is an array that can carry a derivative."""
-    return eqx.is_inexact_array(x)
-
-
-def count(predicate: Callable[[Any], bool], x: PyTree) -> int:
-    """Number of leaves for which `predicate` holds."""
-    return sum(bool(predicate(leaf)) for leaf in jax.tree.leaves(x))

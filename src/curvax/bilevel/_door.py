@@ -1,0 +1,162 @@
+"""From the user's pytrees and functions to the inexact arrays that the rules work on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from curvax._pytree import promote_half
+from curvax._results import RESULTS
+from curvax.bilevel._data import draw, is_sampler
+from curvax.bilevel._problem import Bilevel
+from curvax.implicit._condition import Minimum, check_like, check_scalar
+from curvax.implicit._rule import Task
+from curvax.unroll import Steps
+
+MAX_INNER_STEPS = 100_000
+
+
+def split(tree: PyTree, name: str) -> tuple[PyTree[Array], PyTree]:
+    """Inexact arrays (half precision promoted to float32) and all the rest; refuses a tree without any."""
+    dynamic, static = eqx.partition(tree, eqx.is_inexact_array)
+    leaves = jax.tree.leaves(dynamic)
+    if not leaves:
+        found = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(tree)})
+        raise ValueError(
+            f"`{name}` holds no floating-point array, so there is nothing to differentiate: found "
+            f"{found or 'no leaves'}. Wrap Python numbers in `jnp.asarray(..., dtype=float)`."
+        )
+    if any(jnp.iscomplexobj(leaf) for leaf in leaves):
+        raise TypeError(f"`{name}` holds complex arrays: split them into real and imaginary parts.")
+    return promote_half(jax.tree.map(jnp.asarray, dynamic)), static
+
+
+def check_inner_solver(problem: Bilevel, inner_solver: Any) -> None:
+    """The kind of solver must fit the kind of inner problem."""
+    minimum = isinstance(problem.condition, Minimum)
+    kinds: tuple[type, ...]
+    if minimum:
+        kinds = (optx.AbstractMinimiser, Steps)
+        wanted = (
+            "an Optimistix minimiser (`optx.LBFGS`, `optx.BFGS`, …) or `cx.Steps`, because `inner` is a loss"
+        )
+    elif type(problem.condition).__name__ == "FixedPoint":
+        kinds = (optx.AbstractFixedPointSolver, optx.AbstractRootFinder)
+        wanted = "an Optimistix fixed-point solver or root finder, because `inner` is a `FixedPoint`"
+    else:
+        kinds = (optx.AbstractRootFinder, optx.AbstractLeastSquaresSolver)
+        wanted = "an Optimistix root finder or least-squares solver, because `inner` is a `Root`"
+    if not isinstance(inner_solver, kinds):
+        raise TypeError(f"`inner_solver` must be {wanted}; got {type(inner_solver).__name__}.")
+
+
+def check_key(inner_data: Any, outer_data: Any, key: Any) -> None:
+    """A sampler needs a key."""
+    names = [
+        name for name, data in (("inner_data", inner_data), ("outer_data", outer_data)) if is_sampler(data)
+    ]
+    if names and key is None:
+        raise ValueError(
+            f"`{'` and `'.join(names)}` draw at random, so that `key` is needed: pass `key=jax.random.key(0)`."
+        )
+
+
+def closed(fn: Callable, theta_static: PyTree, phi_static: PyTree) -> Callable:
+    """`fn` as a function of the inexact arrays of θ and φ; its inexact outputs promoted and split likewise."""
+
+    def wrapped(theta: PyTree[Array], phi: PyTree[Array], batch: PyTree) -> Any:
+        out = fn(eqx.combine(theta, theta_static), eqx.combine(phi, phi_static), batch)
+        return promote_half(eqx.filter(out, eqx.is_inexact_array))
+
+    return wrapped
+
+
+def scalar(fn: Callable, theta_static: PyTree, phi_static: PyTree, name: str) -> Callable:
+    """`fn` as above, refused unless it returns one real number."""
+
+    def wrapped(theta: PyTree[Array], phi: PyTree[Array], batch: PyTree) -> Array:
+        value = fn(eqx.combine(theta, theta_static), eqx.combine(phi, phi_static), batch)
+        check_scalar(value, name)
+        return promote_half(jnp.asarray(value))
+
+    return wrapped
+
+
+def solve_optimistix(
+    condition: Any,
+    solver: Any,
+    theta: PyTree[Array],
+    args: tuple,
+    *,
+    adjoint: Any = None,
+    throw: bool = False,
+) -> Any:
+    """The inner solution by an Optimistix solver; `args` is (phi, batch)."""
+    adjoint = optx.ImplicitAdjoint() if adjoint is None else adjoint
+    options: dict = {"max_steps": MAX_INNER_STEPS, "throw": throw, "adjoint": adjoint}
+    if isinstance(condition, Minimum):
+        return optx.minimise(lambda t, a: condition.fn(t, *a), solver, theta, args, **options)
+    if isinstance(solver, optx.AbstractFixedPointSolver):
+        return optx.fixed_point(lambda t, a: condition.fn(t, *a), solver, theta, args, **options)
+    return optx.root_find(lambda t, a: condition.residual(t, *a), solver, theta, args, **options)
+
+
+def make_task(
+    problem: Bilevel,
+    phi: PyTree,
+    theta0: PyTree,
+    inner_solver: Any,
+    inner_data: Any,
+    outer_data: Any,
+    key: Array | None,
+) -> Task:
+    """Draw the data, split the trees and close the functions over what is not differentiated."""
+    phi_dynamic, phi_static = split(phi, "phi")
+    theta_dynamic, theta_static = split(theta0, "theta0")
+    steps_key, inner_key, outer_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+    inner_batch, outer_batch = draw(inner_data, inner_key), draw(outer_data, outer_key)
+    if isinstance(problem.condition, Minimum):
+        condition = problem.condition.with_function(lambda fn: scalar(fn, theta_static, phi_static, "inner"))
+    else:
+        condition = problem.condition.with_function(lambda fn: closed(fn, theta_static, phi_static))
+        check_like(
+            jax.eval_shape(condition.fn, theta_dynamic, phi_dynamic, inner_batch), theta_dynamic, "inner"
+        )
+
+    rollout = None
+    if isinstance(inner_solver, Steps):
+
+        def rollout(hyper: PyTree[Array], start: PyTree[Array] = theta_dynamic) -> PyTree[Array]:
+            return inner_solver.run(
+                lambda t, batch: condition.fn(t, hyper, batch),
+                start,
+                inner_solver.transformation(eqx.combine(hyper, phi_static)),
+                lambda step_key: draw(inner_data, step_key),
+                steps_key,
+            )
+
+        def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:
+            return rollout(phi_dynamic, start), jnp.asarray(inner_solver.num_steps), RESULTS.successful
+    else:
+
+        def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:
+            solution = solve_optimistix(condition, inner_solver, start, (phi_dynamic, inner_batch))
+            return solution.value, jnp.asarray(solution.stats["num_steps"]), RESULTS.promote(solution.result)
+
+    return Task(
+        condition=condition,
+        outer=scalar(problem.outer, theta_static, phi_static, "outer"),
+        solve=solve,
+        num_steps=inner_solver.num_steps if isinstance(inner_solver, Steps) else 0,
+        rollout=rollout,
+        phi=phi_dynamic,
+        theta0=theta_dynamic,
+        inner_batch=inner_batch,
+        outer_batch=outer_batch,
+        rebuild=lambda theta: eqx.combine(theta, theta_static),
+        args=(phi, inner_batch),
+    )

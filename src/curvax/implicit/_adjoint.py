@@ -1,0 +1,158 @@
+"""The implicit function theorem as a JVP rule that nests.
+
+Optimistix's own rule (`optimistix.internal.implicit_jvp`) is right but closed: it passes no preconditioner and no
+damping, and it differentiates a failed solve without a word when the outer loss is linear. This one is written
+to be open at those places; as there, the rule calls itself for its primal, which is what makes it nest.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from curvax._pytree import (
+    promote_half,
+    stop_gradient,
+    tree_axpy,
+    tree_cast_like,
+    tree_dtype,
+    tree_neg,
+    tree_norm,
+)
+from curvax.implicit._stage import resolve_preconditioner
+
+_TOO_EARLY = (
+    "The inner solver stopped before the inner problem was solved: one Newton step would move the solution by more "
+    "than the relative accuracy `rtol` of `Implicit`, so a derivative taken there would be wrong. Tighten the inner "
+    "solver, or switch this check off with `Implicit(rtol=None)`."
+)
+_INNER_FAILED = (
+    "The inner solver failed, so the derivative of its solution is not defined. Ask the primal solve with "
+    "`throw=True` for the reason, and give the inner solver more steps or another start."
+)
+
+
+def while_loop() -> Callable:
+    """The loop that Optimistix's solvers are handed: a plain one, since nothing differentiates through it."""
+    return ft.partial(eqxi.while_loop, kind="lax")
+
+
+def implicit_solution(
+    primal: Callable[[Any], tuple[PyTree, PyTree]],
+    rewrite: Callable[[PyTree, PyTree, Any], PyTree],
+    inputs: Any,
+    rule: Any,
+    tags: frozenset[object],
+) -> tuple[PyTree, PyTree]:
+    """`primal(inputs)` = (root, residual), differentiated through `rewrite(root, residual, inputs) = 0`.
+
+    Args:
+        primal: inputs ↦ (root, residual); the residual carries no derivative. A global function.
+        rewrite: (root, residual, inputs) ↦ what vanishes at the root. A global function.
+        inputs: Any pytree.
+        rule: The `Implicit` rule, with `linear_solver`, `preconditioner`, `damping`, `rtol`, `atol`.
+        tags: Lineax tags of ∂rewrite/∂root.
+
+    The tangent is −(∂rewrite/∂root + damping·I)⁻¹ ∂rewrite/∂inputs · tangent(inputs).
+    """
+    root, residual = _solve(primal, rewrite, inputs, stop_gradient(rule), tags)
+    return root, jax.tree.map(eqxi.nondifferentiable_backward, residual)
+
+
+@eqx.filter_custom_jvp
+def _solve(primal: Callable, rewrite: Callable, inputs: Any, rule: Any, tags: frozenset[object]) -> Any:
+    del rewrite, rule, tags
+    return jax.tree.map(jnp.asarray, primal(inputs))
+
+
+def _rewrite_in_root(root: PyTree, args: Any) -> PyTree:
+    rewrite, residual, inputs = args
+    return rewrite(root, residual, inputs)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _is_result(x: Any) -> bool:
+    # Optimistix's enumeration holds Lineax's members too; items say which enumeration they belong to.
+    return isinstance(x, optx.RESULTS)
+
+
+def _solver_failed(residual: PyTree) -> Array | None:
+    """Whether a solver reported failure in what it returned beside the root; None where it reports nothing."""
+    results = [x for x in jax.tree.leaves(residual, is_leaf=_is_result) if _is_result(x)]
+    flags = [optx.RESULTS.promote(r) != optx.RESULTS.successful for r in results]
+    return jnp.any(jnp.stack([jnp.asarray(f) for f in flags])) if flags else None
+
+
+@_solve.def_jvp
+def _solve_jvp(primals: Any, tangents: Any) -> Any:
+    primal, rewrite, inputs, rule, tags = primals
+    t_primal, t_rewrite, t_inputs, _, _ = tangents
+    del t_primal, t_rewrite
+    no_tangent = jax.tree.map(_is_none, t_inputs, is_leaf=_is_none)
+    fixed, moving = eqx.partition(inputs, no_tangent, is_leaf=_is_none)
+
+    root, residual = implicit_solution(primal, rewrite, inputs, rule, tags)
+    # Half precision is promoted for the solve: a bfloat16 residual cannot converge.
+    point = promote_half(root)
+    # Solvers written for one dtype return it: the promoted function does too.
+    _, rhs = jax.jvp(
+        lambda m: promote_half(rewrite(root, residual, eqx.combine(m, fixed))), (moving,), (t_inputs,)
+    )
+
+    def in_root(at: PyTree, args: Any) -> PyTree:
+        return promote_half(_rewrite_in_root(tree_cast_like(at, root), args))
+
+    jacobian = lx.JacobianLinearOperator(in_root, point, (rewrite, residual, inputs), tags=tags)
+    operator = _damped(jacobian, rule.damping, tags)
+    solver = rule.solver_for(tags)
+    options = {}
+    preconditioner = resolve_preconditioner(rule.preconditioner, root, rule.args_of(inputs))
+    if preconditioner is not None:
+        options["preconditioner"] = preconditioner
+    rhs = _checked(rhs, residual, rule, point, jacobian, options, solver)
+    t_root = tree_neg(lx.linear_solve(operator, rhs, solver, options=options).value)
+    t_root = tree_cast_like(t_root, root)
+    t_residual = jax.custom_derivatives.zero_from_primal(residual, symbolic_zeros=True)
+    return (root, residual), (t_root, t_residual)
+
+
+def _damped(
+    operator: lx.AbstractLinearOperator, damping: Any, tags: frozenset[object]
+) -> lx.AbstractLinearOperator:
+    if isinstance(damping, int | float) and damping == 0:
+        return operator
+    structure = operator.in_structure()
+    return lx.FunctionLinearOperator(lambda v: tree_axpy(damping, v, operator.mv(v)), structure, tags)
+
+
+def _checked(
+    rhs: PyTree, residual: PyTree, rule: Any, point: PyTree, jacobian: Any, options: dict, solver: Any
+) -> PyTree:
+    """`rhs`, with the checks threaded through it: they then guard the derivative whatever the loss does with the value.
+
+    A check guards only the values that depend on it: threaded through the primal alone it is dead code when the
+    loss is linear in the solution.
+    """
+    failed = _solver_failed(residual)
+    if failed is not None:
+        rhs = eqx.error_if(rhs, failed, _INNER_FAILED)
+    if rule.rtol is None:
+        return rhs
+    frozen, args = stop_gradient((point, jacobian.args))
+    vanishing = stop_gradient(jacobian.fn(frozen, args))
+    still = lx.JacobianLinearOperator(jacobian.fn, frozen, args, tags=jacobian.tags)
+    step = lx.linear_solve(still, vanishing, solver, options=options, throw=False).value
+    size, moved = tree_norm(frozen), tree_norm(step)
+    noise = jnp.sqrt(jnp.finfo(tree_dtype(frozen)).eps).astype(size.dtype)
+    allowed = rule.rtol * size + rule.atol + noise
+    return eqx.error_if(rhs, ~(moved <= allowed), _TOO_EARLY)

@@ -1,0 +1,249 @@
+"""One linear solve with the curvature, as the sweeps of the implicit rule need it."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from curvax._pytree import (
+    stop_gradient,
+    tree_all_finite,
+    tree_axpy,
+    tree_dtype,
+    tree_size,
+    tree_zeros_like,
+)
+from curvax.implicit._condition import Linearised
+from curvax.linear._cg_core import conjugate_gradient, default_max_steps
+
+DENSE_SIZE = 32
+
+
+class StageInfo(NamedTuple):
+    """What a solve learnt and what went wrong with it; scalars.
+
+    `ritz_min` is what later solves are told: it belongs to the preconditioned operator where there is one.
+    """
+
+    num_matvecs: Int[Array, ""]
+    ritz_min: Float[Array, ""]
+    curvature_min: Float[Array, ""]
+    curvature_max: Float[Array, ""]
+    condition: Float[Array, ""]
+    singular: Bool[Array, ""]
+    indefinite: Bool[Array, ""]
+    exhausted: Bool[Array, ""]
+    nonfinite: Bool[Array, ""]
+
+
+class Request(NamedTuple):
+    """One solve: A x = b or Aᵀ x = b, plus `damping` on the diagonal, to a relative forward error `rtol`.
+
+    `reference` is what x will be added to when the error is to be relative to the sum (else zeros).
+    """
+
+    rhs: PyTree[Array]
+    wanted: Bool[Array, ""]
+    transposed: Bool[Array, ""]
+    amplified: Bool[Array, ""]
+    rtol: Scalar
+    damping: Scalar
+    reference: PyTree[Array]
+    curvature_min: Scalar
+
+
+class AbstractStage(eqx.Module):
+    """A way to do the solves of the sweeps."""
+
+    @property
+    @abc.abstractmethod
+    def knows_its_error(self) -> bool:
+        """Whether `Request.rtol` is honoured as a forward error."""
+
+    @abc.abstractmethod
+    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+        """Solve, or return anything when not `request.wanted`."""
+
+
+class ConjugateGradientStage(AbstractStage):
+    """Forward-tested conjugate gradients, for minima."""
+
+    preconditioner: Any
+    max_steps: int | None
+
+    @property
+    def knows_its_error(self) -> bool:
+        """True: the loop stops on its forward error."""
+        return True
+
+    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+        """One run of the loop."""
+        theta, problem_args = args
+        operator = resolve_preconditioner(self.preconditioner, theta, problem_args)
+        budget = default_max_steps(tree_size(request.rhs)) if self.max_steps is None else self.max_steps
+        x, info = conjugate_gradient(
+            lambda v: tree_axpy(request.damping, v, at.apply(v)),
+            request.rhs,
+            rtol=request.rtol,
+            max_steps=jnp.where(request.wanted, budget, 0),
+            preconditioner=None if operator is None else operator.mv,
+            reference=request.reference,
+            curvature_min=request.curvature_min,
+            amplified=request.amplified,
+        )
+        preconditioned = operator is not None
+        lowest = info.rayleigh if preconditioned else info.curvature_min
+        highest = info.norm if preconditioned else info.curvature_max
+        wanted = request.wanted
+        return x, StageInfo(
+            num_matvecs=info.num_matvecs,
+            ritz_min=info.curvature_min,
+            curvature_min=lowest,
+            curvature_max=highest,
+            condition=jnp.where(info.num_matvecs > 0, highest / lowest, 0),
+            singular=wanted & info.singular,
+            indefinite=wanted & info.indefinite,
+            exhausted=wanted & ~info.converged & ~info.singular & ~info.indefinite & ~info.nonfinite,
+            nonfinite=wanted & info.nonfinite,
+        )
+
+
+class DenseStage(AbstractStage):
+    """The matrix formed from n products and decomposed, for up to `DENSE_SIZE` unknowns.
+
+    Eigendecomposition when symmetric, singular values otherwise: both tell exactly what is wrong with A.
+    """
+
+    symmetric: bool
+
+    @property
+    def knows_its_error(self) -> bool:
+        """True: exact up to rounding."""
+        return True
+
+    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+        """Form, decompose, solve."""
+        del args
+        rhs, unravel = jax.flatten_util.ravel_pytree(request.rhs)
+        dtype, size = rhs.dtype, rhs.size
+        columns = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(at.apply(unravel(v)))[0])(
+            jnp.eye(size, dtype=dtype)
+        )
+        matrix = columns.T + request.damping.astype(dtype) * jnp.eye(size, dtype=dtype)
+        finite = jnp.all(jnp.isfinite(matrix)) & jnp.all(jnp.isfinite(rhs))
+        matrix = jnp.where(finite, matrix, jnp.eye(size, dtype=dtype))
+        floor = max(size, 4) ** 0.5 * jnp.finfo(dtype).eps
+        if self.symmetric:
+            values, left = jnp.linalg.eigh(matrix)
+            right = left
+            indefinite = jnp.min(values) < -floor * jnp.max(jnp.abs(values))
+        else:
+            left, values, right_t = jnp.linalg.svd(matrix)
+            left, right = (
+                jnp.where(request.transposed, right_t.T, left),
+                jnp.where(request.transposed, left, right_t.T),
+            )
+            indefinite = jnp.asarray(False)
+        magnitudes = jnp.abs(values)
+        smallest, largest = jnp.min(magnitudes), jnp.max(magnitudes)
+        singular = ~(smallest > floor * largest)
+        safe = jnp.where(magnitudes > 0, values, 1)
+        x = unravel(right @ ((left.T @ rhs) / safe))
+        wanted = request.wanted
+        return x, StageInfo(
+            num_matvecs=jnp.where(wanted, size, 0),
+            ritz_min=smallest,
+            curvature_min=jnp.min(values),
+            curvature_max=jnp.max(values),
+            condition=largest / jnp.where(smallest > 0, smallest, jnp.finfo(dtype).tiny),
+            singular=wanted & singular & finite,
+            indefinite=wanted & indefinite & ~singular & finite,
+            exhausted=jnp.asarray(False),
+            nonfinite=wanted & ~finite,
+        )
+
+
+class LineaxStage(AbstractStage):
+    """Any Lineax solver. Its tolerance is its own, so the sweeps judge it by their contraction."""
+
+    solver: lx.AbstractLinearSolver
+    preconditioner: Any
+    symmetric: bool
+
+    @property
+    def knows_its_error(self) -> bool:
+        """False: a residual test says nothing about the forward error."""
+        return False
+
+    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+        """One `lineax.linear_solve`, skipped when not wanted."""
+        theta, problem_args = args
+        structure = jax.eval_shape(lambda x: x, request.rhs)
+        options = {}
+        operator = resolve_preconditioner(self.preconditioner, theta, problem_args)
+
+        def run(transposed: bool) -> tuple[PyTree[Array], Array, Array]:
+            apply = (lambda v: at.transposed(v)[0]) if transposed else at.apply
+            tags = (
+                frozenset({lx.symmetric_tag, lx.positive_semidefinite_tag}) if self.symmetric else frozenset()
+            )
+            matrix = lx.FunctionLinearOperator(
+                lambda v: tree_axpy(request.damping, v, apply(v)), structure, tags
+            )
+            if operator is not None:
+                options["preconditioner"] = operator.transpose() if transposed else operator
+            solution = lx.linear_solve(matrix, request.rhs, self.solver, options=options, throw=False)
+            steps = solution.stats.get("num_steps", tree_size(request.rhs))
+            singular = solution.result == lx.RESULTS.singular
+            failed = (solution.result != lx.RESULTS.successful) & ~singular
+            return solution.value, jnp.asarray(steps), jnp.stack([singular, failed])
+
+        def either() -> tuple[PyTree[Array], Array, Array]:
+            if self.symmetric:
+                return run(False)
+            return jax.lax.cond(request.transposed, lambda: run(True), lambda: run(False))
+
+        like = jax.eval_shape(either)
+        x, steps, flags = run_once(request.wanted, lambda _: either(), tree_zeros_like(like))
+        dtype = tree_dtype(request.rhs)
+        finite = tree_all_finite(x) & tree_all_finite(request.rhs)
+        return x, StageInfo(
+            num_matvecs=steps,
+            ritz_min=jnp.asarray(jnp.inf, dtype),
+            curvature_min=jnp.asarray(jnp.inf, dtype),
+            curvature_max=jnp.zeros((), dtype),
+            condition=jnp.ones((), dtype),
+            singular=request.wanted & flags[0] & tree_all_finite(request.rhs),
+            indefinite=jnp.asarray(False),
+            exhausted=request.wanted & flags[1],
+            nonfinite=request.wanted & ~flags[0] & ~finite,
+        )
+
+
+def run_once(wanted: Bool[Array, ""], fn: Any, init: PyTree[Array]) -> PyTree[Array]:
+    """`fn(init) if wanted else init`, as a loop of at most one turn.
+
+    Under `vmap` a `cond` becomes a `select` that runs both branches for everybody; this runs `fn` only when
+    somebody wants it.
+    """
+    _, out = jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), fn(c[1])), (wanted, init))
+    return out
+
+
+def resolve_preconditioner(preconditioner: Any, theta: PyTree, args: Any) -> lx.AbstractLinearOperator | None:
+    """An operator as it is, a function called at (theta, args); no derivative flows through either."""
+    if preconditioner is None:
+        return None
+    if not isinstance(preconditioner, lx.AbstractLinearOperator):
+        preconditioner = preconditioner(theta, args)
+        if not isinstance(preconditioner, lx.AbstractLinearOperator):
+            raise TypeError(
+                "`preconditioner` of `Implicit` must be a Lineax operator, or a function (theta, args) -> operator; "
+                f"the function returned {type(preconditioner).__name__}."
+            )
+    return stop_gradient(preconditioner)
