@@ -37,9 +37,9 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
     In `cx.hypergradient` the request is `error_estimate <= atol + rtol * norm(grad)`, where the estimate
     compares the hypergradients before and after one Newton sweep of θ and q with the undamped curvature, so that
     inner error, adjoint error and the bias of damping all count. With `optx.minimise(..., adjoint=rule)` (also
-    `root_find`, `fixed_point`, `least_squares`) and in `cx.solution_map` no estimate can come out of the derivative; there a
-    failed or unfinished inner solve raises as soon as it is differentiated: unfinished means that one Newton
-    step would move θ by more than `rtol * norm(theta) + atol`.
+    `root_find`, `fixed_point`, `least_squares`) and in `cx.solution_map` no estimate can come out of the derivative;
+    there a failed or unfinished inner solve raises as soon as it is differentiated: unfinished means that one
+    Newton step would move θ by more than `rtol * norm(theta) + atol`.
 
     Args:
         rtol: Relative accuracy of the hypergradient. None switches the estimate off, at no cost; the adjoint is
