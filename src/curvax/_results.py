@@ -1,45 +1,78 @@
 """What can go wrong, as one enumeration that every room shares."""
 
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import optimistix as optx
 
+if TYPE_CHECKING:
+    # Equinox's enumerations declare members as strings that become items: checkers need the result spelt out.
+    class RESULTS:
+        """The enumeration below, as a type checker is to see it."""
 
-class RESULTS(optx.RESULTS):  # type: ignore[misc]
-    """How a solve, a hypergradient or a run ended.
+        successful: ClassVar["RESULTS"]
+        nonfinite: ClassVar["RESULTS"]
+        singular: ClassVar["RESULTS"]
+        max_steps_reached: ClassVar["RESULTS"]
+        nonlinear_max_steps_reached: ClassVar["RESULTS"]
+        nonlinear_divergence: ClassVar["RESULTS"]
+        singular_curvature: ClassVar["RESULTS"]
+        indefinite_curvature: ClassVar["RESULTS"]
+        no_influence: ClassVar["RESULTS"]
+        adjoint_not_converged: ClassVar["RESULTS"]
+        inner_not_converged: ClassVar["RESULTS"]
+        precision_limited: ClassVar["RESULTS"]
+        where: ClassVar[Any]
+        promote: ClassVar[Any]
+        error_if: ClassVar[Any]
 
-    A subclass of `optimistix.RESULTS`, so that its members (and Lineax's) can be promoted into it
-    with `RESULTS.promote`. Compare with members of this class only: `==` across two enumerations
-    raises, even for `successful`.
+        def __eq__(self, other: object) -> Any: ...
+        def __ne__(self, other: object) -> Any: ...
 
-    The members added here are told apart in the order in which they are listed.
-    """
+else:
 
-    successful = ""
-    singular_curvature = (
-        "The curvature of the inner problem is singular to working precision: its smallest Ritz "
-        "value is at rounding level. The inner solution is not unique to first order, so "
-        "the hypergradient is not defined. Regularise the inner problem (an L2 term), or ask for a "
-        "damped derivative with `Implicit(damping=..., rtol=None)`."
-    )
-    indefinite_curvature = (
-        "A direction of negative curvature was found: the point that the inner solver returned is "
-        "not a minimum of the inner problem. Use another start or another inner solver."
-    )
-    no_influence = (
-        "A hyperparameter has no influence: neither the outer loss nor the inner gradient depends on "
-        "it. If it enters through the start or through the inner optimiser, the implicit derivative "
-        "does not see it: use `cx.Unrolled()` with `cx.Steps`."
-    )
-    adjoint_not_converged = (
-        "The linear solve for the adjoint spent its budget of steps. Pass a preconditioner, a direct "
-        "`linear_solver`, or allow more steps."
-    )
-    inner_not_converged = (
-        "The estimated error of the hypergradient is over the accuracy that was requested: the inner "
-        "solution is not accurate enough. Tighten the inner solver, allow more steps, raise "
-        "`max_sweeps`, or loosen `rtol`/`atol` of the rule."
-    )
-    precision_limited = (
-        "The accuracy that was requested of the hypergradient is beyond what this floating-point "
-        "precision allows at the condition number of the inner curvature. Use float64, regularise the "
-        "inner problem, or loosen `rtol`/`atol` of the rule."
-    )
+    class RESULTS(optx.RESULTS):
+        """How a solve, a hypergradient or a run ended.
+
+        A subclass of `optimistix.RESULTS`, so that its members (and Lineax's) can be promoted into it
+        with `RESULTS.promote`. Compare with members of this class only: `==` across two enumerations
+        raises, even for `successful`.
+
+        The members added here are told apart in the order in which they are listed.
+        """
+
+        successful = ""
+        singular_curvature = (
+            "The curvature of the inner problem is singular to working precision: its smallest Ritz "
+            "value is at rounding level. The inner solution is not unique to first order, so "
+            "the hypergradient is not defined. Regularise the inner problem (an L2 term), or ask for a "
+            "damped derivative with `Implicit(damping=..., rtol=None)`."
+        )
+        indefinite_curvature = (
+            "A direction of negative curvature was found: the point that the inner solver returned is "
+            "not a minimum of the inner problem. Use another start or another inner solver."
+        )
+        no_influence = (
+            "A hyperparameter has no influence: neither the outer loss nor the inner gradient depends on "
+            "it. If it enters through the start or through the inner optimiser, the implicit derivative "
+            "does not see it: use `cx.Unrolled()` with `cx.Steps`."
+        )
+        adjoint_not_converged = (
+            "The linear solve for the adjoint spent its budget of steps. Pass a preconditioner, a direct "
+            "`linear_solver`, or allow more steps."
+        )
+        inner_not_converged = (
+            "The estimated error of the hypergradient is over the accuracy that was requested: the inner "
+            "solution is not accurate enough. Tighten the inner solver, allow more steps, raise "
+            "`max_sweeps`, or loosen `rtol`/`atol` of the rule."
+        )
+        precision_limited = (
+            "The accuracy that was requested of the hypergradient is beyond what this floating-point "
+            "precision allows at the condition number of the inner curvature. Use float64, regularise the "
+            "inner problem, or loosen `rtol`/`atol` of the rule."
+        )
+
+
+def describe(result: RESULTS) -> str:
+    """The message of a (concrete) result."""
+    enumeration: Any = RESULTS
+    return enumeration[result]

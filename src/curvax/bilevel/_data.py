@@ -1,6 +1,5 @@
 """Data of the two levels: pytrees of arrays, or samplers that draw from a key."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -34,11 +33,11 @@ class Minibatches(eqx.Module):
     batch_size: int = eqx.field(static=True)
 
     def __check_init__(self) -> None:
-        lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else None for leaf in jax.tree.leaves(self.data)}
-        if len(lengths) != 1 or None in lengths:
+        lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else -1 for leaf in jax.tree.leaves(self.data)}
+        if len(lengths) != 1 or -1 in lengths:
             raise ValueError(
                 "`data` of `Minibatches` must be a pytree of arrays with one common first axis, got first axes "
-                f"{sorted(map(str, lengths))}."
+                f"{sorted(lengths)} (-1: no axis)."
             )
         (length,) = lengths
         if (
@@ -62,6 +61,6 @@ def is_sampler(data: Any) -> bool:
     return callable(data)
 
 
-def draw(data: PyTree | Callable[[Array], PyTree], key: Array | None) -> PyTree:
+def draw(data: Any, key: Array | None) -> PyTree:
     """One batch: the data themselves, or what the sampler draws."""
     return data(key) if callable(data) else data

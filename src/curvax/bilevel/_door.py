@@ -119,6 +119,7 @@ def make_task(
     theta_dynamic, theta_static = split(theta0, "theta0")
     steps_key, inner_key, outer_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     inner_batch, outer_batch = draw(inner_data, inner_key), draw(outer_data, outer_key)
+    condition: Any
     if isinstance(problem.condition, Minimum):
         condition = problem.condition.with_function(lambda fn: scalar(fn, theta_static, phi_static, "inner"))
     else:

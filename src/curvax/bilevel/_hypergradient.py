@@ -1,5 +1,6 @@
 """The hypergradient of a bilevel problem, with its error."""
 
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from curvax._pytree import tree_dtype, tree_zeros_like
-from curvax._results import RESULTS
+from curvax._results import RESULTS, describe
 from curvax.bilevel._data import is_sampler
 from curvax.bilevel._door import check_inner_solver, check_key, make_task, split
 from curvax.bilevel._problem import Bilevel
@@ -184,14 +185,14 @@ def _tolerances_as_arrays(item: Any) -> Any:
     """Tolerances that are Python floats as (weakly typed) arrays, so that another value is no other program."""
     for name in ("rtol", "atol", "damping"):
         if isinstance(getattr(item, name, None), float):
-            item = eqx.tree_at(lambda x, n=name: getattr(x, n), item, jnp.asarray(getattr(item, name)))
+            item = eqx.tree_at(operator.attrgetter(name), item, jnp.asarray(getattr(item, name)))
     return item
 
 
 def explain(out: Hypergradient, no_influence: PyTree[Array] | None = None) -> str:
     """The result's message with the figures that led to it; concrete values only."""
     stats = out.stats
-    message = [f"The hypergradient failed. {RESULTS[out.result]}"]
+    message = [f"The hypergradient failed. {describe(out.result)}"]
     if no_influence is not None:
         paths = [
             jax.tree_util.keystr(p) or "phi"

@@ -346,7 +346,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     unknown = jnp.isinf(kept.estimate)
     estimate = jnp.where(unknown, nan, kept.estimate) if accuracy.estimated is False else kept.estimate
     good = end.result == RESULTS.successful
-    usable = good | (end.result == RESULTS.no_influence)
+    usable = jnp.asarray(good | (end.result == RESULTS.no_influence))
     stats = Stats(
         inner_residual=kept.inner_residual,
         adjoint_residual=kept.adjoint_residual,
