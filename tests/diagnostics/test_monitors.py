@@ -36,7 +36,9 @@ def with_spectrum(blocks, seed=0):
 def test_radius_of_complex_pair(seed):
     """A complex dominant pair, for which ratios of power iteration never settle."""
     rng = np.random.default_rng(seed)
-    pairs = [(0.9, 1.1)] + [(r, a) for r, a in zip(rng.uniform(0, 0.8, 29), rng.uniform(0, 3, 29), strict=True)]
+    pairs = [(0.9, 1.1)] + [
+        (r, a) for r, a in zip(rng.uniform(0, 0.8, 29), rng.uniform(0, 3, 29), strict=True)
+    ]
     matrix = with_spectrum(pairs, seed)
     assert np.max(np.abs(np.linalg.eigvals(matrix))) == pytest.approx(0.9)
     found = spectral_radius(lambda th: matrix @ th, jnp.zeros(60))

@@ -39,9 +39,15 @@ def labels(axes):
 
 
 def test_curves_of_different_lengths_share_a_log_axis():
-    figure = plot_convergence({"CG": 0.5 ** jnp.arange(30.0), "MINRES": 0.3 ** jnp.arange(12.0)}, title="Residuals")
+    figure = plot_convergence(
+        {"CG": 0.5 ** jnp.arange(30.0), "MINRES": 0.3 ** jnp.arange(12.0)}, title="Residuals"
+    )
     (axes,) = figure.axes
-    assert axes.get_yscale() == "log" and axes.get_ylabel() == "residual norm" and axes.get_xlabel() == "iteration"
+    assert (
+        axes.get_yscale() == "log"
+        and axes.get_ylabel() == "residual norm"
+        and axes.get_xlabel() == "iteration"
+    )
     assert labels(axes) == ["CG", "MINRES"] and len(axes.lines[1].get_ydata()) == 12
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 2
     assert png(figure).startswith(b"\x89PNG")

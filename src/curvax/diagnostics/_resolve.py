@@ -1,0 +1,167 @@
+"""Solving the inner problem again, as tightly as the precision allows, near a known solution."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, PyTree
+
+from curvax._pytree import tree_all_finite, tree_axpy, tree_norm, tree_size, tree_where
+from curvax.diagnostics._krylov import flatten_like
+
+Residual = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
+
+# Up to this size the Jacobian is formed and factorised, once for all re-solves.
+DENSE_LIMIT = 600
+_CHORD_STEPS = 80
+_PATIENCE = 3
+_SOLVER_STEPS = 2000
+
+
+class Polished(eqx.Module):
+    """A solution of F(θ, φ) = 0 from which Newton's step makes no further progress."""
+
+    theta: PyTree[Array]
+    step: Float[Array, ""]
+    converged: Bool[Array, ""]
+
+
+class Factors(eqx.Module):
+    """LU factors of ∂F/∂θ at one point; `lu` is None for an operator that is applied by iteration."""
+
+    lu: tuple[Array, Array] | None
+
+
+def factorise(residual: Residual, theta: PyTree[Array], phi: PyTree[Array]) -> Factors:
+    """LU factors of the dense Jacobian at (θ, φ), or none above `DENSE_LIMIT` elements."""
+    if tree_size(theta) > DENSE_LIMIT:
+        return Factors(None)
+    flat = flatten_like(theta)
+    _, product = jax.linearize(lambda th: residual(th, phi), theta)
+    # In batches: a vmap over all columns would hold DENSE_LIMIT copies of the model's activations.
+    columns = jax.lax.map(
+        lambda v: flat.pack(product(flat.unpack(v))), jnp.eye(flat.size, dtype=flat.dtype), batch_size=64
+    )
+    return Factors(jax.scipy.linalg.lu_factor(columns.T))
+
+
+def _newton_step(
+    residual: Residual, theta: PyTree[Array], phi: PyTree[Array], factors: Factors, symmetric: bool
+) -> PyTree[Array]:
+    """−(∂F/∂θ)⁻¹ F, with the given factors or by CG/GMRES to four digits at this very point."""
+    flat = flatten_like(theta)
+    if factors.lu is not None:
+        step = jax.scipy.linalg.lu_solve(factors.lu, flat.pack(residual(theta, phi)))
+        return flat.unpack(-step)
+    value, product = jax.linearize(lambda th: residual(th, phi), theta)
+    operator = lx.FunctionLinearOperator(
+        lambda v: flat.pack(product(flat.unpack(v))),
+        jax.ShapeDtypeStruct((flat.size,), flat.dtype),
+        lx.positive_semidefinite_tag if symmetric else (),
+    )
+    solver = lx.CG if symmetric else lx.GMRES
+    vector = flat.pack(value)
+    # Scaled to norm 1, so that Lineax's absolute tolerance plays no part.
+    size = jnp.linalg.norm(vector)
+    scaled = vector / jnp.where(size > 0, size, 1)
+    found = lx.linear_solve(operator, scaled, solver(rtol=1e-4, atol=1e-4, max_steps=2000), throw=False)
+    return flat.unpack(-size * found.value)
+
+
+def polish(
+    residual: Residual,
+    theta: PyTree[Array],
+    phi: PyTree[Array],
+    factors: Factors,
+    symmetric: bool,
+    fresh: bool = False,
+) -> Polished:
+    """Newton (or chord) steps until three in a row bring no smaller step; the best point is kept.
+
+    Chord steps θ ← θ − J₀⁻¹ F(θ) reuse the factors of a neighbouring point: each costs one evaluation of F
+    and the limit is as accurate as Newton's, because only F decides where it is. With `fresh` the dense
+    Jacobian is formed anew at every step, for starts that are not near.
+
+    Converged means that the last step was small compared with θ or with the first step, by the square root of the
+    precision. What is left is rounding, which the caller measures.
+    """
+    eps = jnp.finfo(flatten_like(theta).dtype).eps
+
+    def size_and_step(point):
+        used = factorise(residual, point, phi) if fresh else factors
+        step = _newton_step(residual, point, phi, used, symmetric)
+        return step, tree_norm(step)
+
+    first, size = size_and_step(theta)
+
+    def going_on(carry):
+        _, step, _, smallest, stale, count = carry
+        return (stale < _PATIENCE) & (count < _CHORD_STEPS) & tree_all_finite(step) & (smallest > 0)
+
+    def body(carry):
+        point, step, best, smallest, stale, count = carry
+        point = tree_axpy(1.0, step, point)
+        step, size = size_and_step(point)
+        better = size < smallest
+        stale = jnp.where(size < 0.9 * smallest, 0, stale + 1)
+        return (
+            point, step, tree_where(better, point, best), jnp.where(better, size, smallest), stale, count + 1,
+        )  # fmt: skip
+
+    carry = (theta, first, theta, size, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    _, _, best, smallest, _, _ = jax.lax.while_loop(going_on, body, carry)
+    scale = jnp.maximum(tree_norm(best), size)
+    return Polished(best, smallest, (smallest <= jnp.sqrt(eps) * scale) & tree_all_finite(best))
+
+
+def tighten(solver: Any, eps: float) -> Any:
+    """An Optimistix solver with its tolerances at precision^0.75, wrapped solvers included."""
+    tight = eps**0.75
+    for name in ("rtol", "atol"):
+        if isinstance(getattr(solver, name, None), float | int | jax.Array):
+            old = getattr(solver, name)
+            new = jnp.asarray(tight, old.dtype) if eqx.is_array(old) else tight
+            solver = eqx.tree_at(lambda s, name=name: getattr(s, name), solver, new)
+    if isinstance(getattr(solver, "solver", None), eqx.Module):
+        solver = eqx.tree_at(lambda s: s.solver, solver, tighten(solver.solver, eps))
+    return solver
+
+
+def run_tight(
+    solver: Any, objective: Callable | None, residual: Residual, theta: PyTree[Array], phi: PyTree[Array], kind: str
+) -> PyTree[Array]:
+    """The inner solver from θ; where it is no Optimistix solver, L-BFGS for a minimum, nothing else.
+
+    Args:
+        solver: the user's inner solver, tightened.
+        objective: g(θ, φ) for `kind` "minimum", T(θ, φ) for "fixed_point", None for "root".
+        residual: F(θ, φ).
+        theta: start.
+        phi: hyperparameters.
+        kind: "minimum", "fixed_point" or "root".
+
+    Returns:
+        The point reached, whatever the solver says of it: it is polished and judged afterwards.
+    """
+    # Optimistix's L-BFGS mixes float32 with the default float: under strict promotion it would not trace.
+    with jax.numpy_dtype_promotion("standard"):
+        return _run(solver, objective, residual, theta, phi, kind)
+
+
+def _run(
+    solver: Any, objective: Any, residual: Residual, theta: PyTree[Array], phi: PyTree[Array], kind: str
+) -> PyTree[Array]:
+    options: dict[str, Any] = {"max_steps": _SOLVER_STEPS, "throw": False}
+    if kind == "minimum":
+        if not isinstance(solver, optx.AbstractMinimiser):
+            solver = tighten(optx.LBFGS(rtol=1e-6, atol=1e-6), float(jnp.finfo(flatten_like(theta).dtype).eps))
+        return optx.minimise(objective, solver, theta, phi, **options).value
+    if isinstance(solver, optx.AbstractFixedPointSolver):
+        return optx.fixed_point(objective, solver, theta, phi, **options).value
+    if isinstance(solver, optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver):
+        return optx.root_find(residual, solver, theta, phi, **options).value
+    return theta
