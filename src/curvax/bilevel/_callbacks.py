@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from curvax.bilevel._history import History, Measurements
@@ -76,7 +77,7 @@ class EarlyStopping(eqx.Module):
 
     Example:
         ```python
-        cx.minimise(..., callbacks=[cx.EarlyStopping(patience=20, min_delta=1e-4)])
+        callbacks = [cx.EarlyStopping(patience=20, min_delta=1e-4)]  # for `cx.minimise(callbacks=...)`
         ```
     """
 
@@ -123,10 +124,10 @@ def split(callbacks: Any) -> tuple[tuple[EarlyStopping, ...], tuple[Callable, ..
 
 def wants_stop(callback: Callable, answer: Any) -> bool:
     """Whether the answer of a callback asks for the end of the run."""
-    if answer is None or answer is False:
+    if answer is None:
         return False
-    if answer is True:
-        return True
+    if isinstance(answer, bool | np.bool_) or (eqx.is_array(answer) and answer.shape == () and answer.dtype == bool):
+        return bool(answer)
     raise TypeError(
         f"minimise: the callback {callback!r} returned {answer!r}; return True to stop the run, None or "
         "False to go on."

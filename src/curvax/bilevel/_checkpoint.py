@@ -45,6 +45,11 @@ class Checkpoint:
             `False`: there must be none.
 
     Cost: one copy of the state of the run to the host, in the loop; the writing takes place beside it.
+
+    Example:
+        ```python
+        checkpoint = cx.Checkpoint("runs/ridge", every_seconds=10)  # for `cx.minimise(checkpoint=...)`
+        ```
     """
 
     directory: str | os.PathLike

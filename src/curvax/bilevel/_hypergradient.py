@@ -55,6 +55,18 @@ def initial_state(
         inner_solver: The inner solver.
         rule: The derivative rule.
         key: Random key, needed where data is drawn.
+
+    Returns:
+        A cold `State`.
+
+    Example:
+        ```python
+        problem = cx.Bilevel(
+            inner=lambda w, lam, _: jnp.sum((w - 1.0) ** 2) + lam * jnp.sum(w**2), outer=lambda w, lam, _: jnp.sum(w**2)
+        )
+        method = {"inner_solver": optx.BFGS(1e-6, 1e-6), "rule": cx.Implicit()}
+        state = cx.bilevel.initial_state(problem, jnp.array(0.5), jnp.zeros(3), **method)
+        ```
     """
     del problem, inner_solver, rule
     phi_dynamic, _ = split(phi, "phi")

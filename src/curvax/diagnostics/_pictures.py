@@ -133,7 +133,7 @@ def plot_convergence(
 
     Example:
         ```python
-        figure = curvax.diagnostics.plot_convergence({"CG": 0.5 ** jnp.arange(20.0), "MINRES": 0.4 ** jnp.arange(15.0)})
+        figure = cx.diagnostics.plot_convergence({"CG": 0.5 ** jnp.arange(20.0), "MINRES": 0.4 ** jnp.arange(15.0)})
         figure.savefig("convergence.png")
         ```
     """
@@ -213,7 +213,7 @@ def plot_hypergradient_error(
     Example:
         ```python
         tolerance = 10.0 ** -jnp.arange(2, 9)
-        figure = curvax.diagnostics.plot_hypergradient_error(3 * tolerance, 2.8 * tolerance, x=tolerance)
+        figure = cx.diagnostics.plot_hypergradient_error(3 * tolerance, 2.8 * tolerance, x=tolerance)
         figure.savefig("error.png")
         ```
     """

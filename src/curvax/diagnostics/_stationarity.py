@@ -87,7 +87,7 @@ def second_order_stationarity(
     Example:
         ```python
         saddle = lambda theta: theta[0] ** 2 - theta[1] ** 2
-        found = curvax.diagnostics.second_order_stationarity(saddle, jnp.zeros(2))
+        found = cx.diagnostics.second_order_stationarity(saddle, jnp.zeros(2))
         found.gradient_norm, found.curvature_min  # 0.0, -2.0
         ```
 
@@ -117,7 +117,7 @@ def direction_quality(
     Example:
         ```python
         curvature = lx.DiagonalLinearOperator(jnp.array([1.0, 4.0]))
-        curvax.diagnostics.direction_quality(curvature, jnp.array([1.0, 1.0]), jnp.array([1.0, 4.0]))  # 0.0
+        cx.diagnostics.direction_quality(curvature, jnp.array([1.0, 1.0]), jnp.array([1.0, 4.0]))  # 0.0
         ```
     """
     return tree_norm(tree_sub(operator.mv(direction), gradient)) / tree_norm(gradient)
