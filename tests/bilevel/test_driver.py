@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from curvax.bilevel import _run as runs
-from curvax.bilevel._callbacks import EarlyStopping, Every
 from curvax.bilevel._driver import MAX_RETRIES, AbstractAlgorithm, initial
 from curvax.bilevel._history import Measurements
 from curvax.bilevel._run import Run, execute
@@ -132,7 +131,7 @@ def test_chunks_last_as_long_as_wished():
 
 
 def test_step_that_leaves_the_domain_is_halved_until_it_fits():
-    # From x = 1.5 with rate 40: x - 40 (1 - 1/x) = -11.8; 12 halvings of nothing else are needed than the first four.
+    # From x = 1.5 with rate 40 the step is -40 (1 - 1/x) = -13.3; a sixteenth of it is the first to stay above 0.
     constants, carry = _make(fn=barrier, rate=40.0, x0=(1.5,))
     run = Run(constants, carry)
     execute(run, target_rows=2)
@@ -190,7 +189,7 @@ def test_early_stopping_is_exact_and_independent_of_chunks():
     def sawtooth(x, data):  # value k at step k until 7, constant after it
         return jnp.maximum(10.0 - x[0], data)
 
-    rule = EarlyStopping(patience=4)
+    rule = cx.EarlyStopping(patience=4)
     rows = []
     for size in (1, 3, 100):
         constants, carry = _make(fn=sawtooth, rate=1.0, x0=(0.0,), target=3.0, stopping=(rule,))
@@ -208,7 +207,7 @@ def test_early_stopping_is_exact_and_independent_of_chunks():
 
 def test_min_delta_counts_small_progress_as_none():
     for delta, stops in ((0.0, False), (1e3, True)):
-        rule = EarlyStopping(patience=3, min_delta=delta)
+        rule = cx.EarlyStopping(patience=3, min_delta=delta)
         constants, carry = _make(stopping=(rule,))
         run = Run(constants, carry)
         execute(run, target_rows=10)
@@ -238,7 +237,7 @@ def test_every_is_called_at_its_steps_only():
     steps = []
     constants, carry = _make()
     run = Run(constants, carry)
-    execute(run, target_rows=36, callbacks=[Every(10, lambda info: steps.append(info.step))])
+    execute(run, target_rows=36, callbacks=[cx.Every(10, lambda info: steps.append(info.step))])
     assert steps == [0, 10, 20, 30]
     assert run.num_rows == 36
 

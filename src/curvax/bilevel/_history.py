@@ -63,7 +63,9 @@ def empty(num_rows: int) -> History:
 def write(buffers: History, row: Scalar, entry: Measurements, scale: Scalar, num_retries: Scalar) -> History:
     """`buffers` with one row written."""
     values = History(*entry, step_scale=scale, num_retries=num_retries)
-    return jax.tree.map(lambda buffer, x: buffer.at[row].set(jnp.asarray(x).astype(buffer.dtype)), buffers, values)
+    return jax.tree.map(
+        lambda buffer, x: buffer.at[row].set(jnp.asarray(x).astype(buffer.dtype)), buffers, values
+    )
 
 
 class Recorder:
