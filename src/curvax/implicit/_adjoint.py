@@ -89,7 +89,7 @@ def _is_result(x: Any) -> bool:
 def _solver_failed(residual: PyTree) -> Array | None:
     """Whether a solver reported failure in what it returned beside the root; None where it reports nothing."""
     results = [x for x in jax.tree.leaves(residual, is_leaf=_is_result) if _is_result(x)]
-    flags = [optx.RESULTS.promote(r) != optx.RESULTS.successful for r in results]
+    flags = [r != optx.RESULTS.successful for r in results]
     return jnp.any(jnp.stack([jnp.asarray(f) for f in flags])) if flags else None
 
 
