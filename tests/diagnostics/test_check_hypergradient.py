@@ -2,13 +2,14 @@
 
 import dataclasses
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optimistix as optx
 import pytest
+
+import curvax as cx
 from curvax.diagnostics import check_hypergradient
 from helpers import compare, problems, run
 from helpers.quadratics import conditioned, quadratic_outer

@@ -62,7 +62,9 @@ class _Evaluator:
 
     def direct(self, direction: Direction) -> Curve:
         """Outer loss with θ fixed."""
-        return lambda t: _host(direct_value(self.setting, self.base, direction.tree, jnp.asarray(t, self.dtype)))
+        return lambda t: _host(
+            direct_value(self.setting, self.base, direction.tree, jnp.asarray(t, self.dtype))
+        )
 
     def ingredient(self, which: str, point: PyTree, direction: Direction, cotangent: PyTree) -> Curve:
         """See `ingredient_value`."""
@@ -130,7 +132,9 @@ def _ingredients(evaluator: _Evaluator, rtol: float, rng: np.random.Generator) -
     along_theta = random_direction("theta", base.theta, rng)
     along_phi = random_direction("phi", base.phi, rng)
     assert along_theta is not None and along_phi is not None  # the door has refused trees without elements
-    cotangent = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), base.theta)
+    cotangent = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), base.theta
+    )
     # At the solution ∂g/∂θ vanishes and could not be compared: go a few steps away.
     away = random_direction("theta", base.theta, rng)
     assert away is not None
@@ -327,4 +331,6 @@ def _alignment(rows: list[DirectionRow]) -> tuple[float, float]:
     if norms[0] == 0 and norms[1] == 0:
         return 1.0, 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(claimed @ found / (norms[0] * norms[1])), float(np.linalg.norm(claimed - found) / norms[1])
+        return float(claimed @ found / (norms[0] * norms[1])), float(
+            np.linalg.norm(claimed - found) / norms[1]
+        )

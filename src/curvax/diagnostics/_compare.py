@@ -146,7 +146,8 @@ def compare_rules(
         cosine = np.array([[a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for b in flat] for a in flat])
         error = np.array([[np.linalg.norm(a - b) / np.linalg.norm(b) for b in flat] for a in flat])
     messages = {
-        name: "" if bool(hg.result == RESULTS.successful) else describe(hg.result) for name, hg in found.items()
+        name: "" if bool(hg.result == RESULTS.successful) else describe(hg.result)
+        for name, hg in found.items()
     }
     comparison = RuleComparison(names, cosine, error, norms, found, messages)
     if printed:

@@ -82,9 +82,7 @@ def _select(entries: list[_Entry], noise: float) -> tuple[_Entry, float]:
     return chosen, uncertainty
 
 
-def differentiate(
-    fn: Callable[[float], np.ndarray], step: float, noise: np.ndarray
-) -> FiniteDifference:
+def differentiate(fn: Callable[[float], np.ndarray], step: float, noise: np.ndarray) -> FiniteDifference:
     """Derivative at 0 of each component of `fn`, by extrapolated central differences.
 
     Steps go down by a factor of four from `step`. Each level adds a row to Richardson's table; the entry
@@ -124,9 +122,7 @@ def differentiate(
                 continue
             chosen, uncertainty[i] = _select(entries, float(noise[i]))
             value[i], used[i] = chosen.value, chosen.step
-            finished = finished and (
-                noise[i] / h > uncertainty[i] or uncertainty[i] <= 4e-16 * abs(value[i])
-            )
+            finished = finished and (noise[i] / h > uncertainty[i] or uncertainty[i] <= 4e-16 * abs(value[i]))
         if finished:
             break
     return FiniteDifference(value, uncertainty, used, 2 * len(steps))

@@ -37,7 +37,9 @@ def scales(tree: PyTree[Array]) -> PyTree[np.ndarray]:
     return jax.tree.map(of_leaf, tree)
 
 
-def _direction(name: str, raw: PyTree[np.ndarray], scale: PyTree[np.ndarray], like: PyTree) -> Direction | None:
+def _direction(
+    name: str, raw: PyTree[np.ndarray], scale: PyTree[np.ndarray], like: PyTree
+) -> Direction | None:
     """`raw` normalised, with the step that moves no element by more than a tenth of its scale; None if zero."""
     leaves, sizes = jax.tree.leaves(raw), jax.tree.leaves(scale)
     norm = float(np.sqrt(sum(np.sum(leaf**2) for leaf in leaves)))

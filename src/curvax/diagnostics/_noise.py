@@ -77,7 +77,7 @@ def estimate_noise(
     """
     # Off-centre by an irrational fraction: many functions are computed exactly at round arguments.
     offsets = np.arange(_NUM_VALUES) - (_NUM_VALUES - 1) / 2 + 0.1 * np.sqrt(2.0)
-    level, settled, count, used = None, None, 0, spacing
+    level, settled, count, used = np.full(1, np.nan), np.full(1, False), 0, spacing
     for _ in range(_ATTEMPTS):
         values = np.stack([np.atleast_1d(fn(float(spacing * offset))) for offset in offsets])
         count += _NUM_VALUES
@@ -85,12 +85,11 @@ def estimate_noise(
         floor = 0.3 * eps * np.max(np.abs(values), axis=0)
         new = np.maximum([item[0] for item in found], floor)
         verdicts = np.array([item[1] for item in found])
-        if level is None:
-            level, settled = np.full(new.shape, np.nan), np.zeros(new.shape, bool)
+        level, settled = np.broadcast_to(level, new.shape), np.broadcast_to(settled, new.shape)
         # An unsettled level is an upper bound; the smallest seen so far is the best.
         better = ~settled & ((verdicts == "found") | np.isnan(level) | (new < level))
         level = np.where(better & np.isfinite(new), new, level)
-        settled |= verdicts == "found"
+        settled = settled | (verdicts == "found")
         used = spacing
         repeats = verdicts == "too small"
         if np.all(settled | repeats) and np.any(settled):

@@ -99,7 +99,7 @@ def _x_axis(axes: Axes, x: np.ndarray, xlabel: str, log: bool) -> None:
     if log:
         axes.set_xscale("log")
     elif np.issubdtype(x.dtype, np.integer):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_convergence(

@@ -10,7 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 Verdict = Literal["agrees", "negligible", "disagrees", "inconclusive", "not finite"]
-_STYLE = {"agrees": "green", "negligible": "green", "disagrees": "bold red", "inconclusive": "yellow", "not finite": "bold red"}
+_STYLE = {
+    "agrees": "green",
+    "negligible": "green",
+    "disagrees": "bold red",
+    "inconclusive": "yellow",
+    "not finite": "bold red",
+}
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,14 @@ def _figures(comparison: Comparison) -> tuple[str, str]:
 
 def _direction_table(rows: tuple[DirectionRow, ...]) -> Table:
     table = Table(title="Hypergradient against finite differences", title_justify="left")
-    for name in ("direction", "hypergradient", "finite difference", "in total", "direct part", "implicit part"):
+    for name in (
+        "direction",
+        "hypergradient",
+        "finite difference",
+        "in total",
+        "direct part",
+        "implicit part",
+    ):
         table.add_column(name, no_wrap=name != "direction")
     for row in rows:
         parts = (row.total, row.direct, row.implicit)

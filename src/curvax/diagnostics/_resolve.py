@@ -1,5 +1,6 @@
 """Solving the inner problem again, as tightly as the precision allows, near a known solution."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def _newton_step(
         step = jax.scipy.linalg.lu_solve(factors.lu, flat.pack(residual(theta, phi)))
         return flat.unpack(-step)
     value, product = jax.linearize(lambda th: residual(th, phi), theta)
-    operator = lx.FunctionLinearOperator(
+    jacobian = lx.FunctionLinearOperator(
         lambda v: flat.pack(product(flat.unpack(v))),
         jax.ShapeDtypeStruct((flat.size,), flat.dtype),
         lx.positive_semidefinite_tag if symmetric else (),
@@ -68,7 +69,7 @@ def _newton_step(
     # Scaled to norm 1, so that Lineax's absolute tolerance plays no part.
     size = jnp.linalg.norm(vector)
     scaled = vector / jnp.where(size > 0, size, 1)
-    found = lx.linear_solve(operator, scaled, solver(rtol=1e-4, atol=1e-4, max_steps=2000), throw=False)
+    found = lx.linear_solve(jacobian, scaled, solver(rtol=1e-4, atol=1e-4, max_steps=2000), throw=False)
     return flat.unpack(-size * found.value)
 
 
@@ -125,14 +126,19 @@ def tighten(solver: Any, eps: float) -> Any:
         if isinstance(getattr(solver, name, None), float | int | jax.Array):
             old = getattr(solver, name)
             new = jnp.asarray(tight, old.dtype) if eqx.is_array(old) else tight
-            solver = eqx.tree_at(lambda s, name=name: getattr(s, name), solver, new)
+            solver = eqx.tree_at(operator.attrgetter(name), solver, new)
     if isinstance(getattr(solver, "solver", None), eqx.Module):
         solver = eqx.tree_at(lambda s: s.solver, solver, tighten(solver.solver, eps))
     return solver
 
 
 def run_tight(
-    solver: Any, objective: Callable | None, residual: Residual, theta: PyTree[Array], phi: PyTree[Array], kind: str
+    solver: Any,
+    objective: Callable | None,
+    residual: Residual,
+    theta: PyTree[Array],
+    phi: PyTree[Array],
+    kind: str,
 ) -> PyTree[Array]:
     """The inner solver from θ; where it is no Optimistix solver, L-BFGS for a minimum, nothing else.
 
@@ -158,7 +164,9 @@ def _run(
     options: dict[str, Any] = {"max_steps": _SOLVER_STEPS, "throw": False}
     if kind == "minimum":
         if not isinstance(solver, optx.AbstractMinimiser):
-            solver = tighten(optx.LBFGS(rtol=1e-6, atol=1e-6), float(jnp.finfo(flatten_like(theta).dtype).eps))
+            solver = tighten(
+                optx.LBFGS(rtol=1e-6, atol=1e-6), float(jnp.finfo(flatten_like(theta).dtype).eps)
+            )
         return optx.minimise(objective, solver, theta, phi, **options).value
     if isinstance(solver, optx.AbstractFixedPointSolver):
         return optx.fixed_point(objective, solver, theta, phi, **options).value

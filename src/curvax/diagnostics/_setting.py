@@ -123,12 +123,16 @@ def resolved_values(
             residual = lambda th, ph: task.condition.residual(th, ph, task.inner_batch)
             found = polish(residual, base.solution, moved, base.factors, task.condition.symmetric)
         theta, good = found.theta, found.converged
-    values = jnp.stack([task.outer(theta, moved, task.outer_batch), task.outer(theta, base.phi, task.outer_batch)])
+    values = jnp.stack(
+        [task.outer(theta, moved, task.outer_batch), task.outer(theta, base.phi, task.outer_batch)]
+    )
     return jnp.where(good, values, jnp.nan)
 
 
 @eqx.filter_jit
-def direct_value(setting: Setting, base: Base, direction: PyTree[Array], t: Float[Array, ""]) -> Float[Array, "1"]:
+def direct_value(
+    setting: Setting, base: Base, direction: PyTree[Array], t: Float[Array, ""]
+) -> Float[Array, "1"]:
     """The outer loss at φ + t d and the θ of the hypergradient."""
     task = setting.task()
     return task.outer(base.theta, tree_axpy(t, direction, base.phi), task.outer_batch)[None]

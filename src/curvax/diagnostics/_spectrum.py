@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from curvax.diagnostics._krylov import arnoldi, flat_operator, flatten_like, lanczos
+from curvax.diagnostics._krylov import MatVec, Vector, arnoldi, flat_operator, flatten_like, lanczos
 
 _SQUARINGS = 40
 
@@ -106,14 +106,13 @@ def spectral_radius(
     Example:
         ```python
         rotation = jnp.array([[0.0, -0.9], [0.9, 0.0]])
-        curvax.diagnostics.spectral_radius(lambda theta: rotation @ theta, jnp.zeros(2)).value  # 0.9
+        cx.diagnostics.spectral_radius(lambda theta: rotation @ theta, jnp.zeros(2)).value  # 0.9
         ```
 
     Source: Arnoldi (1951); Gelfand (1941).
     """
-    if isinstance(operator, lx.AbstractLinearOperator) == (theta is not None) or not callable(
-        operator if theta is not None else operator.mv
-    ):
+    linear = isinstance(operator, lx.AbstractLinearOperator)
+    if linear == (theta is not None) or not (linear or callable(operator)):
         raise TypeError(
             "pass either a Lineax operator alone, or a map and the point `theta` where it is linearised."
         )
@@ -152,7 +151,7 @@ class ConditionNumber(eqx.Module):
     after: Extremes | None
 
 
-def _extremes(matvec, precondition, start, num_steps) -> Extremes:
+def _extremes(matvec: MatVec, precondition: MatVec, start: Vector, num_steps: int) -> Extremes:
     ritz = lanczos(matvec, start, num_steps, precondition)
     smallest, largest = ritz.values[0], ritz.values[-1]
     noise = start.size * jnp.finfo(start.dtype).eps * jnp.abs(largest)
@@ -177,9 +176,7 @@ def _condition_number(operator, preconditioner, num_steps, key):
         return ConditionNumber(before, None)
     precondition, other = flat_operator(preconditioner, "preconditioner")
     if other.size != flat.size:
-        raise ValueError(
-            f"`preconditioner` has size {other.size}, but the operator has size {flat.size}."
-        )
+        raise ValueError(f"`preconditioner` has size {other.size}, but the operator has size {flat.size}.")
     return ConditionNumber(before, _extremes(matvec, precondition, start, num_steps))
 
 
@@ -214,7 +211,7 @@ def condition_number(
     Example:
         ```python
         diagonal = jnp.array([1.0, 10.0, 100.0])
-        found = curvax.diagnostics.condition_number(
+        found = cx.diagnostics.condition_number(
             lx.DiagonalLinearOperator(diagonal), lx.DiagonalLinearOperator(1 / diagonal)
         )
         found.before.condition, found.after.condition  # 100.0, 1.0

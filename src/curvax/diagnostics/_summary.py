@@ -49,7 +49,8 @@ def summarise(
             "custom derivative, a `stop_gradient`)."
         )
     if implicit:
-        said.append(f"the implicit part disagrees along {_list(implicit)}{_blame(wrong, theta_error, follows_path, has_estimate)}")
+        blame = _blame(wrong, theta_error, follows_path, has_estimate)
+        said.append(f"the implicit part disagrees along {_list(implicit)}{blame}")
     elif wrong:
         said.append(
             f"{_list(wrong)} disagrees with differences of the function it comes from: look there for a wrong custom "
@@ -63,7 +64,9 @@ def summarise(
     if said:
         return False, tuple(said)
     names = {"total": "the total derivative", "direct": "the direct part", "implicit": "the implicit part"}
-    open_ = [name for part, name in names.items() if not any(getattr(row, part).verdict in _GOOD for row in rows)]
+    open_ = [
+        name for part, name in names.items() if not any(getattr(row, part).verdict in _GOOD for row in rows)
+    ]
     if open_:
         return False, (
             f"nothing disagrees, but {_list(open_)} could not be compared along any direction: the uncertainty of "
@@ -71,7 +74,9 @@ def summarise(
             "float64 or a tighter `rule`.",
         )
     doubtful = sum(
-        comparison.verdict == "inconclusive" for row in rows for comparison in (row.total, row.direct, row.implicit)
+        comparison.verdict == "inconclusive"
+        for row in rows
+        for comparison in (row.total, row.direct, row.implicit)
     )
     note = f" ({doubtful} of {3 * len(rows)} comparisons were too uncertain to tell)" if doubtful else ""
     return True, (f"the hypergradient and both of its parts agree with finite differences{note}.",)
@@ -85,9 +90,7 @@ def _list(names: Sequence[str]) -> str:
 
 def _blame(wrong: Sequence[str], theta_error: float, follows_path: bool, has_estimate: bool) -> str:
     if wrong:
-        return (
-            f", and so does {_list(wrong)}: look there for a wrong custom derivative or a `stop_gradient`."
-        )
+        return f", and so does {_list(wrong)}: look there for a wrong custom derivative or a `stop_gradient`."
     if follows_path:
         return (
             ", while the derivatives of `inner` and `outer` are right at the end of the path: look at the optimiser "
