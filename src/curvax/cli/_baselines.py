@@ -1,0 +1,186 @@
+"""What the tuned model is compared with: the untuned one, a grid search, and references.
+
+All use the same inner solver, the same splits and the same measure; the grid has as many inner solves as the
+tuned run, from large penalties to small ones, each started from the one before, and chooses by the
+validation split.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+from jaxtyping import Array
+
+from curvax.cli._hyperparameters import START_PENALTY, Layers, Phi
+from curvax.cli._measures import measure
+from curvax.cli._model import inner, predict
+
+# Larger penalties predict the mean; smaller ones are no penalties.
+GRID_FROM, GRID_TO = 10.0, 1e-6
+_MAX_STEPS = 100_000
+_FOLDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    key: str
+    label: str
+    num_hyperparameters: int
+    num_solves: int
+    seconds: float
+    validation: dict[str, Any] | None
+    test: dict[str, Any]
+    setting: str
+
+
+def score(measures: dict[str, Any]) -> tuple[float, float]:
+    """What a choice maximises: the accuracy, then the likelihood; or minus the error."""
+    if "accuracy" in measures:
+        return measures["accuracy"], -measures["log_loss"]
+    return -measures["rmse"], 0.0
+
+
+class Trainer:
+    """Trains with given hyperparameters, by the inner solver of the run."""
+
+    def __init__(self, solver: optx.AbstractMinimiser, scale: float) -> None:
+        """`scale` is the standard deviation of the target (1 for classes)."""
+        self._solver = solver
+        self._scale = scale
+        self._solve = eqx.filter_jit(self._solution)
+        self._predict = eqx.filter_jit(predict)
+
+    def _solution(self, theta: Layers, phi: Phi, batch: dict[str, Array]) -> Layers:
+        def objective(theta: Layers, args: tuple) -> Array:
+            return inner(theta, *args)
+
+        solution = optx.minimise(
+            objective, self._solver, theta, (phi, batch), max_steps=_MAX_STEPS, throw=False
+        )
+        return solution.value
+
+    def solve(self, theta: Layers, phi: Phi, batch: dict[str, Array]) -> Layers:
+        """The model trained on `batch` from `theta`."""
+        return self._solve(theta, phi, batch)
+
+    def outputs(self, theta: Layers, batch: dict[str, Array]) -> np.ndarray:
+        """Predictions of a model."""
+        return np.asarray(self._predict(theta, batch["x"]))
+
+    def measure(self, theta: Layers, batch: dict[str, Array]) -> dict[str, Any]:
+        """Quality of a model on `batch`."""
+        return measure(self.outputs(theta, batch), np.asarray(batch["y"]), self._scale)
+
+
+def _phi(penalty: float) -> Phi:
+    return {"l2": jnp.log(jnp.asarray(penalty, float) / START_PENALTY)}
+
+
+def untuned(trainer: Trainer, theta0: Layers, batches: dict[str, Any]) -> Row:
+    """The hyperparameters at the start: weights 1, one fixed penalty."""
+    begin = time.perf_counter()
+    theta = trainer.solve(theta0, _phi(START_PENALTY), batches["train"])
+    seconds = time.perf_counter() - begin
+    return Row(
+        key="untuned",
+        label="untuned",
+        num_hyperparameters=0,
+        num_solves=1,
+        seconds=seconds,
+        validation=trainer.measure(theta, batches["validation"]),
+        test=trainer.measure(theta, batches["test"]),
+        setting=f"one L2 of {START_PENALTY:g}",
+    )
+
+
+def grid(trainer: Trainer, theta0: Layers, batches: dict[str, Any], num_solves: int, **names: str) -> Row:
+    """Grid search over one L2 penalty.
+
+    Args:
+        trainer: The trainer.
+        theta0: Start of the first inner solve.
+        batches: `train`, `validation`, `test`.
+        num_solves: Number of penalties.
+        **names: `key` and `label` of the row.
+
+    Returns:
+        The row of the penalty that is best on the validation split.
+    """
+    begin = time.perf_counter()
+    best: tuple[tuple[float, float], float, Layers] | None = None
+    theta = theta0
+    for penalty in np.geomspace(GRID_FROM, GRID_TO, num_solves):
+        theta = trainer.solve(theta, _phi(float(penalty)), batches["train"])
+        reached = score(trainer.measure(theta, batches["validation"]))
+        if best is None or reached > best[0]:
+            best = (reached, float(penalty), theta)
+    assert best is not None
+    seconds = time.perf_counter() - begin
+    return Row(
+        key=names.get("key", "grid"),
+        label=names.get("label", "grid search over one L2"),
+        num_hyperparameters=1,
+        num_solves=num_solves,
+        seconds=seconds,
+        validation=trainer.measure(best[2], batches["validation"]),
+        test=trainer.measure(best[2], batches["test"]),
+        setting=f"one L2 of {best[1]:.2g}",
+    )
+
+
+def references(
+    trainer: Trainer, theta0: Layers, batches: dict[str, Any], corrupted: np.ndarray, num_solves: int
+) -> list[Row]:
+    """What clean labels alone would give: knowledge that the methods of the table do not have, or do not use.
+
+    Args:
+        trainer: The trainer.
+        theta0: Start of the first inner solve.
+        batches: `train`, `validation`, `test`.
+        corrupted: Which training labels are wrong.
+        num_solves: Number of penalties of each grid.
+
+    Returns:
+        The row of a model trained without the wrong labels (known only because we made them wrong), and that of one
+        trained on the validation split alone, its penalty chosen by cross-validation within it.
+    """
+    mask = jnp.asarray(1.0 - corrupted)
+    clean = {**batches, "train": {**batches["train"], "mask": mask}}
+    oracle = grid(
+        trainer, theta0, clean, num_solves, key="oracle", label="wrong labels left out (cheating)"
+    )
+    return [oracle, _validation_only(trainer, theta0, batches, num_solves)]
+
+
+def _validation_only(trainer: Trainer, theta0: Layers, batches: dict[str, Any], num_solves: int) -> Row:
+    begin = time.perf_counter()
+    data = batches["validation"]
+    n = data["y"].shape[0]
+    fold = np.arange(n) % _FOLDS
+    values = np.geomspace(GRID_FROM, GRID_TO, max(2, num_solves // 2))
+    totals = np.zeros((len(values), 2))
+    for k in range(_FOLDS):
+        left_out = {name: leaf[fold == k] for name, leaf in data.items()}
+        part = {**data, "mask": jnp.asarray((fold != k).astype(np.float64))}
+        theta = theta0
+        for i, value in enumerate(values):
+            theta = trainer.solve(theta, _phi(float(value)), part)
+            totals[i] += score(trainer.measure(theta, left_out))
+    value = float(max(zip(map(tuple, totals), values, strict=True))[1])
+    theta = trainer.solve(theta0, _phi(value), data)
+    return Row(
+        key="validation-only",
+        label="trained on the validation split alone",
+        num_hyperparameters=1,
+        num_solves=_FOLDS * len(values) + 1,
+        seconds=time.perf_counter() - begin,
+        validation=None,
+        test=trainer.measure(theta, batches["test"]),
+        setting=f"one L2 of {value:.2g}",
+    )

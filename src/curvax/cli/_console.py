@@ -1,0 +1,130 @@
+"""What a run says in the terminal: one heading, one table, a few lines."""
+
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from curvax.cli._errors import printable
+
+
+class Voice:
+    """Speaks on the standard output, or not at all."""
+
+    def __init__(self, quiet: bool, json: bool) -> None:
+        """With `json` the standard output belongs to the JSON: progress goes to the standard error only."""
+        self._console = None if quiet or json else Console(highlight=False, soft_wrap=True)
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print one line; nothing in it is taken as markup."""
+        if self._console is not None:
+            self._console.print(Text(text, style=style))
+
+    def show(self, table: Table) -> None:
+        """Print a table."""
+        if self._console is not None:
+            width = max(self._console.width, 100) if not sys.stdout.isatty() else self._console.width
+            self._console.print(table, width=width)
+
+
+def quality(measures: dict[str, Any] | None) -> str:
+    """Accuracy in percent, or root mean square error, with its standard error."""
+    if measures is None:
+        return "–"
+    if "accuracy" in measures:
+        return f"{100 * measures['accuracy']:.1f} ± {100 * measures['standard_error']:.1f} %"
+    return f"{measures['rmse']:.4g} ± {measures['standard_error']:.2g}"
+
+
+def quality_name(result: dict[str, Any]) -> str:
+    """What `quality` shows."""
+    return "accuracy" if result["data"]["task"] == "classification" else "error (RMSE)"
+
+
+def seconds(value: float) -> str:
+    """A time, with as many digits as it deserves."""
+    return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+
+
+def heading(plan: dict[str, Any]) -> str:
+    """One line on data and model."""
+    data, sizes = plan["data"], plan["model"]["sizes"]
+    wrong = "" if data["wrong_labels"] is None else f" ({data['wrong_labels']:,} labels made wrong)"
+    return (
+        f"{printable(data['name'])}: {data['train']:,} training{wrong}, {data['validation']:,} validation, "
+        f"{data['test']:,} test examples; {plan['model']['name']}, {sizes[0]:,} inputs"
+    )
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The comparison.
+
+    Args:
+        result: Content of `result.json`.
+
+    Returns:
+        A rich table.
+    """
+    name = quality_name(result)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("")
+    for title in ("hyperparameters", "inner solves", f"validation {name}", f"test {name}", "time"):
+        shown.add_column(title, justify="right")
+    groups = [(result["methods"], ""), (result["references"], "dim")]
+    for rows, style in groups:
+        for row in rows:
+            cells = (
+                row["label"],
+                f"{row['hyperparameters']:,}",
+                f"{row['inner_solves']:,}",
+                quality(row["validation"]),
+                quality(row["test"]),
+                seconds(row["seconds"]),
+            )
+            shown.add_row(*map(Text, cells), style="bold" if row["key"] == "tuned" else style)
+        if rows and not style and result["references"]:
+            shown.add_section()
+    return shown
+
+
+def findings(result: dict[str, Any]) -> list[str]:
+    """The lines below the table."""
+    lines = []
+    hypergradient = result["hypergradient"]
+    if hypergradient["relative_error_median"] is not None:
+        lines.append(
+            "Relative error of the hypergradients, as estimated: median "
+            f"{hypergradient['relative_error_median']:.1e}, largest {hypergradient['relative_error_largest']:.1e}."
+        )
+    noise = result["label_noise"]
+    if noise is not None:
+        lines.append(
+            f"The learned weights find the wrong labels with AUC {noise['auc']:.3f}: of the {noise['wrong_labels']:,} "
+            f"lowest weights {noise['found_among_as_many']:,} belong to wrong labels."
+        )
+    lines += overfitting(result)
+    return lines
+
+
+def overfitting(result: dict[str, Any]) -> list[str]:
+    """A warning if tuning helped the validation split and did not help the test split."""
+    rows = {row["key"]: row for row in result["methods"]}
+    first, last = rows["untuned"], rows["tuned"]
+    gain = {split: _gain(first[split], last[split]) for split in ("validation", "test")}
+    if gain["validation"] > 0 > gain["test"]:
+        return [
+            "Note: on the test split the tuned model is no better than the untuned one, on the validation split it is: the "
+            "hyperparameters were fitted to the validation split. Fewer groups, fewer --steps or more validation "
+            "rows (--split) help."
+        ]
+    return []
+
+
+def _gain(first: dict[str, Any], last: dict[str, Any]) -> float:
+    """How much better the last is, in its own units."""
+    if "accuracy" in first:
+        return last["accuracy"] - first["accuracy"]
+    return first["rmse"] - last["rmse"]

@@ -1,0 +1,138 @@
+"""`curvax tune`: load, compare, tune, report."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optimistix as optx
+
+import curvax as cx
+from curvax.cli import _baselines, _console, _folder, _model, _plan, _result
+from curvax.cli import _hyperparameters as hyper
+from curvax.cli._errors import TuningError, UsageError, quoted
+from curvax.cli._options import Options
+
+# Loose, since the rule's own correction sweeps take over from there; the final model is trained with it too.
+TOLERANCE = 1e-4
+# Relative accuracy asked of the hypergradient.
+ACCURACY = 1e-2
+
+
+def tune(options: Options, resume: str | None, given: frozenset[str]) -> None:
+    """Run the command.
+
+    Args:
+        options: The options, or those to be laid over the run that is resumed.
+        resume: Folder of a run to go on with.
+        given: Names of the options that were given.
+
+    Raises:
+        UsageError: If options or data cannot be used.
+        KeyboardInterrupt: On Ctrl-C, with a text that says how to go on.
+    """
+    # An application of its own: double precision costs little at this size, and makes the error estimates sharp.
+    jax.config.update("jax_enable_x64", True)
+    if resume is not None:
+        folder, kept, digest = _folder.reopen(resume)
+        changes = {name: getattr(options, name) for name in ("steps", "quiet", "json") if name in given}
+        options = dataclasses.replace(kept, **changes)
+    plan = _plan.make(options)
+    if resume is None:
+        folder = _folder.create(options, plan.data.digest)
+    elif digest != plan.data.digest:
+        raise UsageError(f"{quoted(plan.data.name)} has changed since the run in {quoted(resume)}: start a new one")
+    try:
+        _run(plan, folder, resumed=resume is not None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Go on with: curvax tune --resume {folder}") from None
+
+
+def _run(plan: _plan.Plan, folder: pathlib.Path, *, resumed: bool) -> None:
+    options, voice = plan.options, _console.Voice(plan.options.quiet, plan.options.json)
+    voice.say(_console.heading(_plan.describe(plan)), style="bold")
+    for note in plan.data.notes:
+        voice.say(note, style="dim")
+    outcome = _compute(plan, folder, resumed)
+    result = _result.as_dict(outcome)
+    _write(folder, outcome, result)
+    voice.show(_console.table(result))
+    for line in _console.findings(result):
+        voice.say(line)
+    report = folder / "report.html"
+    if options.json:
+        print(json.dumps(result, indent=1, allow_nan=False))
+    elif options.quiet:
+        print(report)
+    voice.say(f"Report: {report}")
+
+
+def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.Outcome:
+    """Baselines, tuning, final training."""
+    options, batches = plan.options, plan.batches()
+    theta0 = _model.init(plan.sizes, options.seed)
+    solver: Any = optx.LBFGS(rtol=TOLERANCE, atol=TOLERANCE)
+    trainer = _baselines.Trainer(solver, plan.scale)
+    num_solves = options.steps + 1  # as many as the tuned run makes
+    rows = [
+        _baselines.untuned(trainer, theta0, batches),
+        _baselines.grid(trainer, theta0, batches, num_solves),
+    ]
+    references = []
+    if plan.data.corrupted is not None:
+        references = _baselines.references(trainer, theta0, batches, plan.data.corrupted, num_solves)
+
+    begin = time.perf_counter()
+    phi0 = hyper.start(plan.groups, len(plan.data.train), len(plan.data.classes), theta0)
+    solution = cx.minimise(
+        _model.problem(),
+        phi0,
+        theta0,
+        inner_solver=solver,
+        rule=cx.Implicit(rtol=ACCURACY),
+        optimizer=hyper.optimizer(plan.groups),
+        num_steps=options.steps,
+        inner_data=batches["train"],
+        outer_data=batches["validation"],
+        checkpoint=cx.Checkpoint(folder / _folder.CHECKPOINT, every_seconds=10.0),
+        progress=False if options.quiet or options.json else None,
+        throw=False,
+    )
+    if solution.result != cx.RESULTS.successful:
+        raise TuningError(
+            f"tuning stopped after step {solution.num_steps} of {options.steps}: {cx.RESULTS[solution.result]}"
+        )
+    seconds = time.perf_counter() - begin
+    total = sum(hyper.count(phi0).values())
+    rows.append(
+        _baselines.Row(
+            key="tuned",
+            label=f"tuned by hypergradient: {', '.join(plan.groups)}",
+            num_hyperparameters=total,
+            num_solves=num_solves,
+            seconds=seconds,
+            validation=trainer.measure(solution.theta, batches["validation"]),
+            test=trainer.measure(solution.theta, batches["test"]),
+            setting=", ".join(plan.groups),
+        )
+    )
+    history = {f.name: np.asarray(getattr(solution.history, f.name)) for f in dataclasses.fields(solution.history)}
+    outputs = trainer.outputs(solution.theta, batches["train"])
+    return _result.Outcome(plan, rows, references, solution.phi, solution.theta, outputs, history, resumed)
+
+
+def _write(folder: pathlib.Path, outcome: _result.Outcome, result: dict[str, Any]) -> None:
+    """The files of the report."""
+    from curvax.cli import _figures, _report  # Matplotlib: only when there is something to draw
+
+    _folder.write_json(folder / "result.json", result)
+    _folder.write_json(folder / "hyperparameters.json", _result.hyperparameters_json(outcome))
+    _folder.write_bytes(folder / "hyperparameters.npz", _result.hyperparameters_npz(outcome))
+    pictures = _figures.draw(outcome, result)
+    for name, content in pictures.items():
+        _folder.write_bytes(folder / f"{name}.png", content)
+    html = _report.render(outcome, result, pictures)
+    _folder.write_bytes(folder / "report.html", html.encode("utf-8"))
