@@ -1,5 +1,7 @@
 """Failures are told apart, raise useful text by default, and never fire on a benign neighbour."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,6 @@ STAY = cx.Steps(optax.sgd(0.0), 1)
 
 def at_solution(case):
     """The case with its start at the stationary point, so that only the curvature can be wrong."""
-    import dataclasses
-
     theta = jnp.asarray(case.truth.theta, case.theta0.dtype)
     return dataclasses.replace(case, theta0=theta)
 
@@ -96,7 +96,7 @@ def test_singular_root():
     """A singular Jacobian of a root problem."""
     matrix = np.eye(6)
     matrix[2] = matrix[1]
-    hg = solved(quadratic_case(matrix, kind="root"), solver=STAY)
+    hg = solved(quadratic_case(matrix, kind="root"), solver=optx.LevenbergMarquardt(rtol=1e-8, atol=1e-8))
     assert hg.result == cx.RESULTS.singular_curvature, hg.result
     benign = problems.ROOTS["non-symmetric"]()
     good(benign, solved(benign))
@@ -108,7 +108,7 @@ def test_indefinite_root_is_fine():
     good(case, solved(case))
 
 
-@pytest.mark.parametrize("solver", [cx.linear.MINRES(rtol=1e-8, atol=1e-12), cx.linear.Auto()])
+@pytest.mark.parametrize("solver", [cx.linear.MINRES(rtol=1e-8), cx.linear.Auto(rtol=1e-8)])
 def test_saddle_under_a_solver_that_does_not_mind(solver):
     """MINRES solves with an indefinite matrix; the stationary point is still no minimum."""
     bad = at_solution(quadratic_case(curvature([-0.4], 8)))
@@ -125,8 +125,6 @@ def test_saddle_under_a_solver_that_does_not_mind(solver):
 @pytest.mark.parametrize("where", ["phi", "inner data", "outer data", "theta0"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite(where, value):
-    import dataclasses
-
     case = problems.definite()
     good(case, solved(case))
     if where == "phi":
@@ -236,7 +234,7 @@ def test_always_zero_pixel_is_legitimate():
         throw=False,
     )
     assert hg.result == cx.RESULTS.successful, hg.result
-    assert float(hg.grad["l2"][3]) == 0.0
+    assert abs(float(hg.grad["l2"][3])) <= 1e-30
     keep = np.arange(8) != 3
     x, y = (np.asarray(zeroed["inner"][k]) for k in "xy")
     xv, yv = (np.asarray(zeroed["outer"][k]) for k in "xy")
@@ -297,11 +295,11 @@ def test_only_through_the_learning_rate():
 def test_adjoint_budget():
     """Five products are not enough at condition 1e4 in 40 dimensions; a thousand are."""
     case = conditioned(1e4, n=40)
-    few = cx.Implicit(rtol=1e-4, linear_solver=cx.linear.CG(max_steps=5), max_sweeps=3)
+    few = cx.Implicit(rtol=1e-4, linear_solver=cx.linear.CG(rtol=1e-4, max_steps=5), max_sweeps=3)
     start = at_solution(case)
     hg = solved(start, few, solver=STAY)
     assert hg.result == cx.RESULTS.adjoint_not_converged, hg.result
-    many = cx.Implicit(rtol=1e-4, linear_solver=cx.linear.CG(max_steps=5000), max_sweeps=3)
+    many = cx.Implicit(rtol=1e-4, linear_solver=cx.linear.CG(rtol=1e-4, max_steps=5000), max_sweeps=3)
     good(start, solved(start, many, solver=STAY))
 
 
@@ -325,8 +323,6 @@ def test_precision_limited():
 
 def outer_optimum():
     """f = ½ ‖w − w*(φ₀)‖² at φ₀: the hypergradient is zero, as at the end of every successful run."""
-    import dataclasses
-
     case = problems.definite()
     theta = jnp.asarray(case.truth.theta)
     outer = case.outer_data | {"t": theta, "c": 0.0 * theta, "rho": jnp.zeros(())}
@@ -347,13 +343,12 @@ def test_zero_hypergradient_with_an_absolute_tolerance():
 # -- raising ------------------------------------------------------------------------------------
 
 
-def failing():
-    return at_solution(problems.indefinite())
+FAILING = at_solution(problems.indefinite())
 
 
 def test_throw_eager():
     with pytest.raises(Exception, match="negative curvature"):
-        run.hypergradient(failing(), RULE, solver=STAY)
+        run.hypergradient(FAILING, RULE, solver=STAY)
     case = at_solution(problems.definite())
     good(case, run.hypergradient(case, RULE, solver=STAY))
 
@@ -373,19 +368,17 @@ def test_throw_inside_jit_whatever_is_kept(field):
 
     @jax.jit
     def kept(theta0, inner_data):
-        import dataclasses
-
-        case = dataclasses.replace(problems.indefinite(), theta0=theta0, inner_data=inner_data)
+        case = dataclasses.replace(FAILING, theta0=theta0, inner_data=inner_data)
         return FIELDS[field](run.hypergradient(case, RULE, solver=STAY))
 
-    bad, benign = failing(), at_solution(problems.definite())
+    bad, benign = FAILING, at_solution(problems.definite())
     with pytest.raises(Exception, match="negative curvature"):
         jax.block_until_ready(kept(bad.theta0, bad.inner_data))
     jax.block_until_ready(kept(benign.theta0, benign.inner_data))
 
 
 def test_no_throw_reports_and_raises_nothing():
-    hg = eqx.filter_jit(lambda: run.hypergradient(failing(), RULE, solver=STAY, throw=False))()
+    hg = eqx.filter_jit(lambda: run.hypergradient(FAILING, RULE, solver=STAY, throw=False))()
     assert bool(hg.result == cx.RESULTS.indefinite_curvature)
 
 

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 import curvax as cx
 from helpers import chains, compare, problems, run
 from helpers.dense import refined_solve, rotated
+from helpers.polish import polish
 from helpers.problem import as_numpy
 from helpers.quadratics import quadratic_case
 
@@ -88,7 +89,7 @@ LARGE = rotated(np.linspace(0.1, 10.0, 8), np.random.default_rng(1))
 def test_neumann_beyond_the_unit_ball():
     """TorchOpt's default Neumann series at ‖H‖ = 10 is wrong by 5.7e8; ours picks its step, or reports."""
     lam = np.linspace(-1.0, 2.0, 8)
-    rule = cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann(), max_sweeps=20)
+    rule = cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann(rtol=1e-6), max_sweeps=20)
     hg = hypergradient(LARGE, lam, rule, throw=False)
     error = compare.relative_error(hg.grad, truth(LARGE, lam))
     if hg.result == cx.RESULTS.successful:
@@ -103,7 +104,7 @@ def test_neumann_beyond_the_unit_ball():
 def test_too_few_neumann_terms_are_reported():
     """Ten terms at condition 100 leave most of the answer out."""
     lam = np.linspace(-1.0, 2.0, 8)
-    rule = cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann(max_steps=10))
+    rule = cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann(rtol=1e-8, max_terms=10))
     hg = hypergradient(LARGE, lam, rule, throw=False)
     assert compare.relative_error(hg.grad, truth(LARGE, lam)) > 1e-3
     assert hg.result != cx.RESULTS.successful
@@ -119,7 +120,7 @@ def test_indefinite_neumann_is_reported():
         jnp.asarray(lam),
         solution,
         inner_solver=cx.Steps(optax.sgd(0.0), 1),
-        rule=cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann()),
+        rule=cx.Implicit(rtol=1e-3, linear_solver=cx.linear.Neumann(rtol=1e-6)),
         inner_data=jnp.asarray(matrix),
         throw=False,
     )
@@ -170,8 +171,6 @@ def softmax_inner(theta, phi, batch):
 @pytest.fixture(scope="module")
 def digits():
     """Softmax regression with one L2 per weight (640), and its dense exact hypergradient."""
-    from helpers.polish import polish
-
     train, validation = _digits()
     phi = jnp.full((64, 10), -5.0) + 0.5 * jax.random.normal(jax.random.key(0), (64, 10))
     start = optx.minimise(
@@ -304,10 +303,10 @@ def test_preconditioner_reaches_the_adjoint():
     matrix, lam = np.diag(values), np.linspace(-1.0, 2.0, 40)
     stay = cx.Steps(optax.sgd(0.0), 1)
     plain = hypergradient(
-        matrix, lam, cx.Implicit(rtol=1e-6, linear_solver=cx.linear.CG(), max_sweeps=20), stay
+        matrix, lam, cx.Implicit(rtol=1e-6, linear_solver=cx.linear.CG(rtol=1e-6), max_sweeps=20), stay
     )
     exact = lx.DiagonalLinearOperator(jnp.asarray(1.0 / values))
-    rule = cx.Implicit(rtol=1e-6, linear_solver=cx.linear.CG(), preconditioner=exact, max_sweeps=20)
+    rule = cx.Implicit(rtol=1e-6, linear_solver=cx.linear.CG(rtol=1e-6), preconditioner=exact, max_sweeps=20)
     preconditioned = hypergradient(matrix, lam, rule, stay)
     for hg in (plain, preconditioned):
         assert compare.relative_error(hg.grad, truth(matrix, lam)) <= 1e-6

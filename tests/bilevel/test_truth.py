@@ -20,8 +20,8 @@ def check(case, hg, rtol, *, factor=1.0):
     error = compare.absolute_error(hg.grad, truth.grad)
     assert error <= factor * rtol * size, (error / size, hg.stats)
     assert float(hg.stats.error_estimate) <= rtol * size * 1.001
-    eps = np.finfo(compare.flat(truth.grad).dtype).eps
-    assert float(hg.stats.error_estimate) >= 0.5 * error - 10 * eps * size
+    # Rounding of the result counts: no slack for it.
+    assert float(hg.stats.error_estimate) >= 0.5 * error
     assert float(hg.value) == pytest.approx(truth.value, rel=1e-3)
 
 
@@ -152,8 +152,8 @@ def test_damping_without_request_is_the_damped_formula():
 
 
 DIRECT = {
-    "auto": cx.linear.Auto(),
-    "minres": cx.linear.MINRES(rtol=1e-10, atol=1e-14),
+    "auto": cx.linear.Auto(rtol=1e-8),
+    "minres": cx.linear.MINRES(rtol=1e-10),
 }
 
 
