@@ -227,7 +227,7 @@ def check_hypergradient(
         RuntimeError: `throw=True` and the check is not `ok`; the message is the table.
 
     Cost: about 10 re-solves a direction and 9 more to measure the noise. A re-solve costs 5 to 20 gradients
-        up to 600 inner parameters (the Jacobian is formed and factorised once), a few CG or GMRES solves above.
+        up to 2000 inner parameters (the Jacobian is formed and factorised once), a few CG or GMRES solves above.
 
     Example:
         ```python

@@ -116,4 +116,6 @@ def choose_directions(
             for i, name in enumerate(names)
         ]
     found += [random_direction(f"random {i + 1}", phi, rng) for i in range(num_directions)]
+    if sum(leaf.size for leaf in jax.tree.leaves(phi)) == 1:
+        return coordinate_directions(phi, grad, 1, rng)  # there is no other direction
     return [d for d in found if d is not None] + coordinate_directions(phi, grad, coordinates, rng)

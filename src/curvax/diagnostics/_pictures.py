@@ -99,6 +99,8 @@ def _x_axis(axes: Axes, x: np.ndarray, xlabel: str, log: bool) -> None:
     if log:
         axes.set_xscale("log")
     elif np.issubdtype(x.dtype, np.integer):
+        from matplotlib.ticker import MaxNLocator
+
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -172,7 +172,7 @@ class HypergradientCheck:
 
 def _short(comparison: Comparison) -> Text:
     text = comparison.verdict
-    if np.isfinite(comparison.relative_error) and text in ("agrees", "disagrees"):
+    if np.isfinite(comparison.relative_error) and text in ("agrees", "disagrees", "inconclusive"):
         text = f"{text} {comparison.relative_error:.0e}"  # type: ignore[assignment]
     return Text(text, _STYLE[comparison.verdict])
 

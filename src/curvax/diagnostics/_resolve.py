@@ -17,7 +17,7 @@ from curvax.diagnostics._krylov import flatten_like
 Residual = Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]]
 
 # Up to this size the Jacobian is formed and factorised, once for all re-solves.
-DENSE_LIMIT = 600
+DENSE_LIMIT = 2000
 _CHORD_STEPS = 80
 _PATIENCE = 3
 _SOLVER_STEPS = 2000
@@ -79,25 +79,19 @@ def polish(
     phi: PyTree[Array],
     factors: Factors,
     symmetric: bool,
-    fresh: bool = False,
 ) -> Polished:
     """Newton (or chord) steps until three in a row bring no smaller step; the best point is kept.
 
     Chord steps θ ← θ − J₀⁻¹ F(θ) reuse the factors of a neighbouring point: each costs one evaluation of F
-    and the limit is as accurate as Newton's, because only F decides where it is. With `fresh` the dense
-    Jacobian is formed anew at every step, for starts that are not near.
+    and the limit is as accurate as Newton's, because only F decides where it is.
 
     Converged means that the last step was small compared with θ or with the first step, by the square root of the
     precision. What is left is rounding, which the caller measures.
     """
     eps = jnp.finfo(flatten_like(theta).dtype).eps
 
-    def size_and_step(point):
-        used = factorise(residual, point, phi) if fresh else factors
-        step = _newton_step(residual, point, phi, used, symmetric)
-        return step, tree_norm(step)
-
-    first, size = size_and_step(theta)
+    first = _newton_step(residual, theta, phi, factors, symmetric)
+    size = tree_norm(first)
 
     def going_on(carry):
         _, step, _, smallest, stale, count = carry
@@ -106,7 +100,8 @@ def polish(
     def body(carry):
         point, step, best, smallest, stale, count = carry
         point = tree_axpy(1.0, step, point)
-        step, size = size_and_step(point)
+        step = _newton_step(residual, point, phi, factors, symmetric)
+        size = tree_norm(step)
         better = size < smallest
         stale = jnp.where(size < 0.9 * smallest, 0, stale + 1)
         return (

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from curvax._pytree import tree_all_finite, tree_axpy, tree_dot, tree_norm, tree_sub, tree_where
+from curvax._pytree import tree_all_finite, tree_axpy, tree_dot, tree_dtype, tree_norm, tree_sub, tree_where
 from curvax.bilevel import Bilevel
 from curvax.bilevel._door import make_task
 from curvax.diagnostics._resolve import Factors, Polished, factorise, polish, run_tight
@@ -63,12 +63,18 @@ def _kind(task: Task) -> str:
 
 
 def _tight(setting: Setting, task: Task, theta: PyTree[Array], phi: PyTree[Array]) -> Polished:
-    """The tightened solver from θ, then fresh Newton steps."""
+    """The tightened solver from θ, then chord steps, twice with a Jacobian of its own."""
     residual = lambda th, ph: task.condition.residual(th, ph, task.inner_batch)
     kind = _kind(task)
     fn = None if kind == "root" else (lambda th, ph: task.condition.fn(th, ph, task.inner_batch))  # type: ignore[attr-defined]
     near = run_tight(setting.inner_solver, fn, residual, theta, phi, kind)
-    return polish(residual, near, phi, Factors(None), task.condition.symmetric, fresh=True)
+
+    def polish_here(found: Polished, _: None) -> tuple[Polished, None]:
+        factors = factorise(residual, found.theta, phi)
+        return polish(residual, found.theta, phi, factors, task.condition.symmetric), None
+
+    start = Polished(near, jnp.zeros((), tree_dtype(near)), jnp.asarray(False))
+    return jax.lax.scan(polish_here, start, None, length=2)[0]
 
 
 @eqx.filter_jit
@@ -109,7 +115,7 @@ def resolved_values(
     """The outer loss at θ(φ + t d): with φ + t d in the outer function too, and with φ kept there.
 
     The derivatives at t = 0 are the total derivative and its implicit part. NaN where the re-solve failed;
-    `careful` runs the tightened inner solver and fresh Newton steps in place of chord steps.
+    `careful` runs the tightened inner solver first and factorises anew.
     """
     task = setting.task()
     moved = tree_axpy(t, direction, base.phi)
