@@ -25,6 +25,7 @@ from curvax._pytree import (
     tree_dtype,
     tree_neg,
     tree_norm,
+    tree_scale,
 )
 from curvax.implicit._stage import resolve_preconditioner
 
@@ -141,13 +142,15 @@ def _checked(
     """`rhs`, with the checks threaded through it: they then guard the derivative whatever the loss does with the value.
 
     A check guards only the values that depend on it: threaded through the primal alone it is dead code when the
-    loss is linear in the solution.
+    loss is linear in the solution. It enters as a factor one, not as `error_if(rhs, ...)`: that is transposed to
+    the identity and lost in reverse mode, while the transpose of a product keeps its factor.
     """
+    one = jnp.ones((), tree_dtype(rhs))
     failed = _solver_failed(residual)
     if failed is not None:
-        rhs = eqx.error_if(rhs, failed, _INNER_FAILED)
+        one = eqx.error_if(one, failed, _INNER_FAILED)
     if rule.rtol is None:
-        return rhs
+        return tree_scale(one, rhs)
     frozen, args = stop_gradient((point, jacobian.args))
     vanishing = stop_gradient(jacobian.fn(frozen, args))
     still = lx.JacobianLinearOperator(jacobian.fn, frozen, args, tags=jacobian.tags)
@@ -155,4 +158,4 @@ def _checked(
     size, moved = tree_norm(frozen), tree_norm(step)
     noise = jnp.sqrt(jnp.finfo(tree_dtype(frozen)).eps).astype(size.dtype)
     allowed = rule.rtol * size + rule.atol + noise
-    return eqx.error_if(rhs, ~(moved <= allowed), _TOO_EARLY)
+    return tree_scale(eqx.error_if(one, ~(moved <= allowed), _TOO_EARLY), rhs)
