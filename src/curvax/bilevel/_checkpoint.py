@@ -80,7 +80,7 @@ def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) if array.size else 0
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) if array.size else 0
 
 
 def describe(tree: PyTree) -> list[list]:

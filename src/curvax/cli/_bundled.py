@@ -26,6 +26,8 @@ def load_bundled(options: Options) -> Dataset:
 
     bunch = getattr(datasets, f"load_{options.data}")()
     x, is_digits = np.asarray(bunch.data, np.float64), options.data == "digits"
+    classes: tuple[str, ...]
+    y: np.ndarray
     if options.data == "diabetes":
         task, classes = "regression", ()
         y = np.asarray(bunch.target, np.float64)

@@ -24,7 +24,7 @@ START_LOGIT = 1.0
 # factor of fifty.
 WEIGHT_RATE, PENALTY_RATE = 0.3, 0.1
 
-Phi = dict[str, Array | list[Array]]
+Phi = dict[str, Any]  # group -> one array, or one array a layer
 Layers = Sequence[Mapping[str, Array]]
 
 
@@ -103,7 +103,7 @@ def penalties(phi: Phi, theta: Layers) -> list[Float[Array, "inputs outputs"]]:
 class _MomentState(NamedTuple):
     mean: Array
     square: Array
-    count: Array
+    num_steps: Array
 
 
 def adam_of_one_scale(
@@ -140,12 +140,12 @@ def adam_of_one_scale(
         def next_state(g: Array, s: _MomentState) -> _MomentState:
             mean = decay * s.mean + (1 - decay) * g
             square = decay_square * s.square + (1 - decay_square) * jnp.mean(g**2)
-            return _MomentState(mean, square, s.count + 1)
+            return _MomentState(mean, square, s.num_steps + 1)
 
         def step(g: Array, s: _MomentState) -> Array:
             del g
-            mean = s.mean / (1 - decay**s.count)
-            size = jnp.sqrt(s.square / (1 - decay_square**s.count))
+            mean = s.mean / (1 - decay**s.num_steps)
+            size = jnp.sqrt(s.square / (1 - decay_square**s.num_steps))
             # No gradient at all: no step, instead of 0/0.
             return -learning_rate * mean / jnp.where(size > 0, size, 1)
 

@@ -66,7 +66,10 @@ class Options:
         if set(values) != fields:
             raise UsageError("the options in run.json are not those of this version of curvax")
         lists = ("tune", "split", "drop", "categorical")
-        return cls(**{k: tuple(v) if k in lists and v is not None else v for k, v in values.items()})
+        known: dict[str, Any] = {
+            k: tuple(v) if k in lists and v is not None else v for k, v in values.items()
+        }
+        return cls(**known)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,13 +145,20 @@ def parser() -> argparse.ArgumentParser:
     add("--model", choices=MODELS, help="default: logistic for classification, ridge for regression")
     add("--tune", type=_groups, metavar="GROUPS", help="default: sample-weights,l2-per-feature")
     add("--steps", type=_integer(1, 100_000, "a number"), metavar="N", help="outer steps (default 40)")
-    add("--seed", type=_integer(0, 2**32 - 1, "a number"), metavar="N", help="of splits and start (default 0)")
+    add(
+        "--seed", type=_integer(0, 2**32 - 1, "a number"), metavar="N", help="of splits and start (default 0)"
+    )
     add("--split", type=_split, metavar="A/B/C", help="train/validation/test in percent (default 60/20/20)")
     add("--corrupt", type=_fraction, metavar="F", help="make this fraction of the training labels wrong, to see "
         "whether they are found (default 0.3 for digits, else 0)")  # fmt: skip
     add("--drop", action="append", metavar="COLUMN", help="leave a column out (repeatable)")
     add("--categorical", action="append", metavar="COLUMN", help="take numbers as categories (repeatable)")
-    add("--hidden", type=_integer(1, 4096, "a number"), metavar="N", help="hidden units of the mlp (default 16)")
+    add(
+        "--hidden",
+        type=_integer(1, 4096, "a number"),
+        metavar="N",
+        help="hidden units of the mlp (default 16)",
+    )
     add("--out", metavar="DIR", help="report folder (default: a fresh one in reports/)")
     add("--overwrite", action="store_true", help="allow --out to replace an earlier report")
     add("--resume", metavar="DIR", help="go on with the run in this report folder")
@@ -189,7 +199,9 @@ def _check(options: Options) -> None:
     """Refuse what contradicts itself before any data is read."""
     bundled = options.data in BUNDLED
     if bundled and (options.target is not None or options.drop or options.categorical):
-        raise UsageError(f"{options.data} is a bundled data set: --target, --drop and --categorical are for files")
+        raise UsageError(
+            f"{options.data} is a bundled data set: --target, --drop and --categorical are for files"
+        )
     if not bundled and options.target is None:
         raise UsageError("--target is missing: name the column to be predicted")
     if options.target is not None and options.target in options.drop:
