@@ -272,3 +272,60 @@ def test_another_tolerance_or_direction_compiles_nothing():
 def test_wrong_arguments(kwargs, match):
     with pytest.raises(ValueError, match=match):
         check(honest(conditioned(1e1)), **kwargs)
+
+
+# --- unusual points ---
+
+
+def cubic_inner(theta, phi, batch):
+    """θ* = φ, in the dtype of θ."""
+    return jnp.sum((theta - phi["a"].astype(theta.dtype)) ** 2)
+
+
+def cubic_outer(theta, phi, batch):
+    """Σ (θ − 1)³ √(θ + batch): not finite where θ < −batch."""
+    return jnp.sum((theta - 1.0) ** 3 * jnp.sqrt(theta + batch))
+
+
+CUBIC = cx.Bilevel(inner=cubic_inner, outer=cubic_outer)
+
+
+def check_cubic(phi, offset=2.0, dtype=float, **kwargs):
+    tolerance = 1e-9 if dtype is float else 1e-5
+    return check_hypergradient(
+        CUBIC,
+        {"a": phi},
+        jnp.zeros(3, dtype),
+        inner_solver=optx.BFGS(rtol=tolerance, atol=tolerance),
+        rule=cx.Implicit(atol=1e-4),
+        outer_data=jnp.asarray(offset, dtype),
+        printed=False,
+        **kwargs,
+    )
+
+
+def test_hyperparameters_that_are_all_zero():
+    """Nothing says how far to step, and what the slopes should be compared with."""
+    report = check_cubic(jnp.zeros(3))
+    assert report.ok and verdicts(report, "total") == {"agrees"}
+    truth = 3.0 * np.sqrt(2.0) - 0.5 / np.sqrt(2.0)
+    assert report.rows[-1].total.difference == pytest.approx(truth, abs=3 * report.rows[-1].total.uncertainty)
+    assert all(row.total.uncertainty < 1e-8 for row in report.rows)
+
+
+def test_at_an_outer_optimum_nothing_can_be_confirmed():
+    report = check_cubic(jnp.ones(3))
+    assert not report.ok and "outer optimum" in report.summary[0]
+    assert "disagrees" not in verdicts(report, "total")
+
+
+def test_not_finite_outer_loss():
+    report = check_cubic(jnp.array([1.5, 2.0, 0.0]), offset=-0.1)
+    assert not report.ok and report.message
+    assert verdicts(report, "implicit") == {"not finite"}
+    assert any("not finite" in line and "root" in line for line in report.summary), report.summary
+
+
+def test_hyperparameters_in_bfloat16():
+    report = check_cubic(jnp.asarray([1.5, 2.0, 3.0], jnp.bfloat16), dtype=jnp.float32)
+    assert report.ok, report

@@ -13,7 +13,14 @@ from curvax._pytree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_size
 from curvax._results import RESULTS, describe
 from curvax.bilevel import Bilevel, hypergradient
 from curvax.diagnostics._differences import FiniteDifference, differentiate
-from curvax.diagnostics._directions import Direction, choose_directions, only_leaf, paths, random_direction
+from curvax.diagnostics._directions import (
+    Direction,
+    choose_directions,
+    only_leaf,
+    paths,
+    random_direction,
+    scales,
+)
 from curvax.diagnostics._noise import estimate_noise
 from curvax.diagnostics._report import Comparison, DirectionRow, HypergradientCheck, Ingredient, judge
 from curvax.diagnostics._resolve import tighten
@@ -99,7 +106,7 @@ def _direction_rows(
     """One row for each direction, and the noise of the outer loss over re-solves."""
     base = evaluator.base
     implicit = tree_sub(grad, base.direct)
-    size = max(float(tree_norm(base.phi)), 1e-300)
+    size = float(np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(scales(base.phi)))))
     # What is small against both of these is of no interest: the mean slope of the parts along one
     # coordinate, and the slope that would change the loss by a fraction rtol when φ changes by its own size.
     parts = float(tree_norm(base.direct) + tree_norm(implicit)) / np.sqrt(tree_size(base.phi))
@@ -227,7 +234,7 @@ def check_hypergradient(
         RuntimeError: `throw=True` and the check is not `ok`; the message is the table.
 
     Cost: about 10 re-solves a direction and 9 more to measure the noise. A re-solve costs 5 to 20 gradients
-        up to 2000 inner parameters (the Jacobian is formed and factorised once), a few CG or GMRES solves above.
+        up to 2000 inner parameters (the Jacobian is formed and inverted once), a few CG or GMRES solves above.
 
     Example:
         ```python

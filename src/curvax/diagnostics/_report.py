@@ -9,12 +9,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Verdict = Literal["agrees", "negligible", "disagrees", "inconclusive", "not finite"]
+Verdict = Literal["agrees", "negligible", "disagrees", "unclear", "not finite"]
 _STYLE = {
     "agrees": "green",
     "negligible": "green",
     "disagrees": "bold red",
-    "inconclusive": "yellow",
+    "unclear": "yellow",
     "not finite": "bold red",
 }
 
@@ -30,7 +30,7 @@ class Comparison:
         tolerance: Distance up to which the two count as equal.
         step: Step of the finite difference.
         verdict: `"agrees"`; `"disagrees"`; `"negligible"` (the difference cannot be told from zero, and neither
-            can the claim, at a size that does not matter beside the other derivatives); `"inconclusive"` (equal, but
+            can the claim, at a size that does not matter beside the other derivatives); `"unclear"` (equal, but
             only because the tolerance is as large as what is compared); `"not finite"` (the claim is not).
     """
 
@@ -76,13 +76,13 @@ def judge(
     if not np.isfinite(claimed):
         verdict = "not finite"
     elif not (np.isfinite(difference) and np.isfinite(tolerance)):
-        verdict = "inconclusive"
+        verdict = "unclear"
     elif not abs(claimed - difference) <= tolerance:
         verdict = "disagrees"
     elif tolerance <= 0.25 * magnitude or claimed == difference:
         verdict = "agrees"
     else:
-        verdict = "negligible" if max(magnitude, tolerance) <= 0.05 * scale else "inconclusive"
+        verdict = "negligible" if max(magnitude, tolerance) <= 0.05 * scale else "unclear"
     return Comparison(claimed, difference, uncertainty, tolerance, step, verdict)
 
 
@@ -172,7 +172,7 @@ class HypergradientCheck:
 
 def _short(comparison: Comparison) -> Text:
     text = comparison.verdict
-    if np.isfinite(comparison.relative_error) and text in ("agrees", "disagrees", "inconclusive"):
+    if np.isfinite(comparison.relative_error) and text in ("agrees", "disagrees", "unclear"):
         text = f"{text} {comparison.relative_error:.0e}"  # type: ignore[assignment]
     return Text(text, _STYLE[comparison.verdict])
 
@@ -194,7 +194,7 @@ def _direction_table(rows: tuple[DirectionRow, ...]) -> Table:
         "direct part",
         "implicit part",
     ):
-        table.add_column(name, no_wrap=name != "direction")
+        table.add_column(name, no_wrap=name != "direction", min_width=13 if name == "direction" else None)
     for row in rows:
         parts = (row.total, row.direct, row.implicit)
         table.add_row(Text(row.name), *_figures(row.total), *(_short(part) for part in parts))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._pytree import tree_all_finite, tree_axpy, tree_dot, tree_dtype, tree_norm, tree_sub, tree_where
 from curvax.bilevel import Bilevel
 from curvax.bilevel._door import make_task
-from curvax.diagnostics._resolve import Factors, Polished, factorise, polish, run_tight
+from curvax.diagnostics._resolve import Polished, dense_inverse, polish, run_tight
 from curvax.implicit._condition import FixedPoint, Minimum
 from curvax.implicit._rule import Task
 
@@ -50,7 +50,7 @@ class Base(eqx.Module):
     theta: PyTree[Array]
     solution: PyTree[Array]
     converged: Array
-    factors: Factors
+    inverse: Float[Array, "n n"] | None
     value: Float[Array, ""]
     direct: PyTree[Array]
     theta_error: Float[Array, ""]
@@ -70,8 +70,8 @@ def _tight(setting: Setting, task: Task, theta: PyTree[Array], phi: PyTree[Array
     near = run_tight(setting.inner_solver, fn, residual, theta, phi, kind)
 
     def polish_here(found: Polished, _: None) -> tuple[Polished, None]:
-        factors = factorise(residual, found.theta, phi)
-        return polish(residual, found.theta, phi, factors, task.condition.symmetric), None
+        inverse = dense_inverse(residual, found.theta, phi)
+        return polish(residual, found.theta, phi, inverse, task.condition.symmetric), None
 
     start = Polished(near, jnp.zeros((), tree_dtype(near)), jnp.asarray(False))
     return jax.lax.scan(polish_here, start, None, length=2)[0]
@@ -79,9 +79,9 @@ def _tight(setting: Setting, task: Task, theta: PyTree[Array], phi: PyTree[Array
 
 @eqx.filter_jit
 def base_point(setting: Setting, theta: PyTree, careful: bool) -> Base:
-    """Solve tightly at φ from `theta`, the point of the hypergradient, and factorise there.
+    """Solve tightly at φ from `theta`, the point of the hypergradient, and invert the Jacobian there.
 
-    Quick: factorise at `theta` itself and go on by chord steps, which is all that a nearly converged point needs;
+    Quick: invert at `theta` itself and go on by chord steps, which is all that a nearly converged point needs;
     not converged if that leads further than a tenth of the solution. `careful`: the tightened inner solver first.
     """
     task = setting.task()
@@ -89,23 +89,23 @@ def base_point(setting: Setting, theta: PyTree, careful: bool) -> Base:
     residual = lambda th, ph: task.condition.residual(th, ph, task.inner_batch)
     usable = tree_all_finite(theta)
     if setting.follows_path:
-        solution, converged, factors = theta, jnp.asarray(True), Factors(None)
+        solution, converged, inverse = theta, jnp.asarray(True), None
     elif careful:
         found = _tight(setting, task, tree_where(usable, theta, task.theta0), task.phi)
         solution, converged = found.theta, found.converged
         # A hypergradient that failed with NaN has no point: differences are still worth seeing.
         theta = tree_where(usable, theta, solution)
-        factors = factorise(residual, solution, task.phi)
+        inverse = dense_inverse(residual, solution, task.phi)
     else:
-        factors = factorise(residual, theta, task.phi)
-        found = polish(residual, theta, task.phi, factors, task.condition.symmetric)
+        inverse = dense_inverse(residual, theta, task.phi)
+        found = polish(residual, theta, task.phi, inverse, task.condition.symmetric)
         solution, converged = found.theta, found.converged
     size, distance = tree_norm(solution), tree_norm(tree_sub(theta, solution))
     if not careful:
         converged = converged & (distance <= 0.1 * size)
     value, direct = jax.value_and_grad(lambda ph: task.outer(theta, ph, task.outer_batch))(task.phi)
     error = jnp.where(distance > 0, distance / jnp.where(size > 0, size, 1), 0)
-    return Base(task.phi, theta, solution, converged, factors, value, direct, error)
+    return Base(task.phi, theta, solution, converged, inverse, value, direct, error)
 
 
 @eqx.filter_jit
@@ -115,7 +115,7 @@ def resolved_values(
     """The outer loss at θ(φ + t d): with φ + t d in the outer function too, and with φ kept there.
 
     The derivatives at t = 0 are the total derivative and its implicit part. NaN where the re-solve failed;
-    `careful` runs the tightened inner solver first and factorises anew.
+    `careful` runs the tightened inner solver first and inverts anew.
     """
     task = setting.task()
     moved = tree_axpy(t, direction, base.phi)
@@ -127,7 +127,7 @@ def resolved_values(
             found = _tight(setting, task, base.solution, moved)
         else:
             residual = lambda th, ph: task.condition.residual(th, ph, task.inner_batch)
-            found = polish(residual, base.solution, moved, base.factors, task.condition.symmetric)
+            found = polish(residual, base.solution, moved, base.inverse, task.condition.symmetric)
         theta, good = found.theta, found.converged
     values = jnp.stack(
         [task.outer(theta, moved, task.outer_batch), task.outer(theta, base.phi, task.outer_batch)]

@@ -45,12 +45,12 @@ def summarise(
     direct, implicit, total = (_bad(rows, part) for part in ("direct", "implicit", "total"))
     if direct:
         said.append(
-            f"the direct part ∂f/∂φ disagrees along {_list(direct)}: look at how `outer` depends on φ (a wrong "
-            "custom derivative, a `stop_gradient`)."
+            f"the direct part ∂f/∂φ {_verb(rows, 'direct')} along {_list(direct)}: look at how `outer` depends on φ "
+            f"({_suspects(rows, 'direct')})."
         )
     if implicit:
-        blame = _blame(wrong, theta_error, follows_path, has_estimate)
-        said.append(f"the implicit part disagrees along {_list(implicit)}{blame}")
+        blame = _blame(rows, wrong, theta_error, follows_path, has_estimate)
+        said.append(f"the implicit part {_verb(rows, 'implicit')} along {_list(implicit)}{blame}")
     elif wrong:
         said.append(
             f"{_list(wrong)} disagrees with differences of the function it comes from: look there for a wrong custom "
@@ -70,11 +70,11 @@ def summarise(
     if open_:
         return False, (
             f"nothing disagrees, but {_list(open_)} could not be compared along any direction: the uncertainty of "
-            "the differences, or the hypergradient's own error estimate, is as large as what they measure. Use "
-            "float64 or a tighter `rule`.",
+            "the differences, or the hypergradient's own error estimate, is as large as what they measure (as at "
+            "an outer optimum, where the derivative vanishes). Use float64, a tighter `rule` or another `phi`.",
         )
     doubtful = sum(
-        comparison.verdict == "inconclusive"
+        comparison.verdict == "unclear"
         for row in rows
         for comparison in (row.total, row.direct, row.implicit)
     )
@@ -88,9 +88,31 @@ def _list(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _blame(wrong: Sequence[str], theta_error: float, follows_path: bool, has_estimate: bool) -> str:
+def _finite(rows: Sequence[DirectionRow], part: str) -> bool:
+    return all(getattr(row, part).verdict != "not finite" for row in rows)
+
+
+def _verb(rows: Sequence[DirectionRow], part: str) -> str:
+    return "disagrees" if _finite(rows, part) else "is not finite"
+
+
+def _suspects(rows: Sequence[DirectionRow], part: str) -> str:
+    if _finite(rows, part):
+        return "a wrong custom derivative, a `stop_gradient`"
+    return "a logarithm, root or norm at 0, a division by 0"
+
+
+def _blame(
+    rows: Sequence[DirectionRow],
+    wrong: Sequence[str],
+    theta_error: float,
+    follows_path: bool,
+    has_estimate: bool,
+) -> str:
     if wrong:
-        return f", and so does {_list(wrong)}: look there for a wrong custom derivative or a `stop_gradient`."
+        return f", and so does {_list(wrong)}: look there ({_suspects(rows, 'implicit')})."
+    if not _finite(rows, "implicit"):
+        return "."
     if follows_path:
         return (
             ", while the derivatives of `inner` and `outer` are right at the end of the path: look at the optimiser "
