@@ -16,7 +16,7 @@ q⁺ = q + A⁻ᵀ(∇_θ f − Aᵀ q) at θ⁺ so is that of q; h⁺ is then f
 the error of h up to the error of the corrections, which are solved to 10 % of themselves.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +24,29 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from curvax._pytree import (
     tree_add,
-    tree_all_finite,
     tree_axpy,
     tree_dtype,
+    tree_generic_like,
+    tree_gram,
     tree_neg,
     tree_norm,
-    tree_random_like,
     tree_sub,
     tree_where,
     tree_zeros_like,
 )
 from curvax._results import RESULTS
+from curvax.implicit._condition import Linearised
 from curvax.implicit._rule import Outcome, State, Stats, Task
-from curvax.implicit._stage import AbstractStage, Request, run_once
+from curvax.implicit._stage import AbstractStage, Request, StageInfo, run_once
 
 CORRECTION_RTOL = 0.1  # forward error of a correction: 0.3 was fooled in prototypes, 0.1 was not
 WARM_SWEEPS = 4  # sweeps that a warm start may spend before the inner solver is called
 POLISH_TARGET = 0.3  # polishing ends when the error of θ is expected below this share of rtol
+
+# What a turn does. POLISH → POLISH | FIRST, FIRST → SWEEP_THETA, which judges and goes to SWEEP_ADJOINT and back.
+POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, PROBE, DONE = range(6)
+# Where θ comes from.
+WARM, INNER_NOW, INNER_DONE = range(3)
 
 
 class Accuracy(NamedTuple):
@@ -71,32 +77,89 @@ class _Counts(NamedTuple):
     inner_steps: Int[Array, ""]
 
 
-class _Carry(NamedTuple):
-    theta: PyTree[Array]
-    adjoint: PyTree[Array]
-    solve_theta: Bool[Array, ""]  # what this turn solves for: θ, or the adjoint
-    run_inner: Bool[Array, ""]
-    warm: Bool[Array, ""]  # still living on the warm start
-    after_adjoint: Bool[Array, ""]  # (θ, q) is a pair that can be judged
-    first_adjoint: Bool[Array, ""]  # the next adjoint solve is not a correction for the estimate
-    probing: Bool[Array, ""]
-    has_kept: Bool[Array, ""]
-    kept: _Kept
-    change: Scalar  # ‖h⁺ − h‖ of the sweep before
-    residual: Scalar  # ‖F‖ of the turn before
-    step: Scalar  # ‖d‖ of the last correction of θ
-    polished: Int[Array, ""]  # corrections of θ before the first adjoint
-    rtol: Scalar  # forward error of the next corrections
-    attempt_sweeps: Int[Array, ""]
-    counts: _Counts
-    curvature_min: Scalar
+class _Curvature(NamedTuple):
+    """What the solves so far have seen of A."""
+
+    ritz_min: Scalar
     lowest: Scalar
     highest: Scalar
     condition: Scalar
-    no_influence: PyTree[Array]
-    done: Bool[Array, ""]
+
+
+class _Carry(NamedTuple):
+    theta: PyTree[Array]
+    adjoint: PyTree[Array]
+    kept: _Kept
+    phase: Int[Array, ""]
+    source: Int[Array, ""]
+    sweeps: Int[Array, ""]  # since the inner solve or the warm start; −1 before the first judgement
+    polished: Int[Array, ""]
+    change: Scalar  # ‖h⁺ − h‖ of the sweep before
+    residual: Scalar  # ‖F‖ of the turn before
+    step: Scalar  # ‖d‖ of the last correction of θ
+    rtol: Scalar  # forward error of the next correction
+    counts: _Counts
+    curvature: _Curvature
+    no_influence: list[Array]  # a boolean a leaf of φ
     pending: RESULTS  # failure that ends the run at the next judgement
     result: RESULTS
+
+
+class _Evaluation(NamedTuple):
+    """Everything about one pair (θ, q)."""
+
+    at: Linearised
+    current: _Kept
+    adjoint_residual: PyTree[Array]
+    change: Scalar
+    cross: Scalar  # ‖Bᵀq‖
+    kept: Scalar  # ‖grad‖ of the pair that is kept
+    grad_vanishes: list[Array]  # a boolean a leaf of φ: `current` and the kept one
+    kept_vanishes: list[Array]
+    cross_vanishes: list[Array]
+    finite: Bool[Array, ""]
+
+
+class _Judgement(NamedTuple):
+    judged: Bool[Array, ""]
+    swept: Bool[Array, ""]
+    accepted: Bool[Array, ""]
+    takes_current: Bool[Array, ""]
+    failed: Bool[Array, ""]
+    why: RESULTS
+    estimate: Scalar
+    request: Scalar
+    sweeps: Int[Array, ""]
+
+
+def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Kept) -> _Evaluation:
+    """Linearise at θ and take the hypergradient with the adjoint `vector`."""
+    at = task.condition.linearise(theta, task.phi, task.inner_batch)
+    product, cross = at.transposed(vector)
+    value, (outer_theta, outer_phi) = jax.value_and_grad(task.outer, argnums=(0, 1))(
+        theta, task.phi, task.outer_batch
+    )
+    grad, adjoint_residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
+    residuals = sum(tree_gram(at.residual, adjoint_residual))
+    by_leaf = tree_gram(tree_sub(grad, kept.grad), kept.grad, cross, grad)
+    change, kept_norm, cross_norm, grad_norm = (
+        jnp.sqrt(sum(gram[i, i] for gram in by_leaf)) for i in range(4)
+    )
+    inner_norm, adjoint_norm = jnp.sqrt(residuals[0, 0]), jnp.sqrt(residuals[1, 1])
+    value = value.astype(inner_norm.dtype)
+    empty = [leaf.size == 0 for leaf in jax.tree.leaves(grad)]
+    return _Evaluation(
+        at=at,
+        current=_Kept(value, grad, theta, inner_norm, adjoint_norm, jnp.full_like(value, jnp.inf)),
+        adjoint_residual=adjoint_residual,
+        change=change,
+        cross=cross_norm,
+        kept=kept_norm,
+        grad_vanishes=[(gram[3, 3] == 0) & (not none) for gram, none in zip(by_leaf, empty, strict=True)],
+        kept_vanishes=[(gram[1, 1] == 0) & (not none) for gram, none in zip(by_leaf, empty, strict=True)],
+        cross_vanishes=[gram[2, 2] == 0 for gram in by_leaf],
+        finite=jnp.isfinite(value + inner_norm + adjoint_norm + grad_norm),
+    )
 
 
 def _estimate(stage: AbstractStage, change: Scalar, before: Scalar, size: Scalar, rounding: Scalar) -> Scalar:
@@ -108,55 +171,90 @@ def _estimate(stage: AbstractStage, change: Scalar, before: Scalar, size: Scalar
     tiny = jnp.sqrt(jnp.finfo(size.dtype).eps) * size
     at_noise = (change <= tiny) & (before <= tiny)
     trusted = at_noise | (ratio < 0.9)
-    return jnp.where(
-        trusted, jnp.maximum(change, jnp.where(at_noise, before, 0)) / (1 - jnp.minimum(ratio, 0.99)), jnp.inf
+    settled = jnp.maximum(change, jnp.where(at_noise, before, 0)) / (1 - jnp.minimum(ratio, 0.99))
+    return jnp.where(trusted, settled, jnp.inf)
+
+
+def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accuracy) -> _Judgement:
+    """Is the kept hypergradient good enough, is there still hope, and if not, why?"""
+    probing = c.phase == PROBE
+    judged = c.phase == SWEEP_THETA
+    swept = judged & (c.sweeps >= 0)
+    sweeps = c.sweeps + judged.astype(jnp.int32)
+    warm = c.source == WARM
+    rounding = jnp.finfo(found.kept.dtype).eps * c.curvature.condition * found.cross
+    estimate = _estimate(stage, found.change, c.change, found.kept, rounding)
+    request = accuracy.atol + accuracy.rtol * found.kept
+    met = swept & (estimate <= request)
+    least = 1 if stage.knows_its_error else 2
+    limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
+    out_of_sweeps = swept & ~met & (sweeps >= limit)
+    nonfinite = ~probing & ~found.finite
+    # A Newton step from a warm start that is too far away makes ‖F‖ grow.
+    diverged = warm & (c.phase <= FIRST) & ~(found.current.inner_residual <= 2 * c.residual)
+    stopped = judged & (c.pending != RESULTS.successful)
+    over = RESULTS.where(rounding > request, RESULTS.precision_limited, RESULTS.inner_not_converged)
+    why = RESULTS.where(nonfinite, RESULTS.nonfinite, RESULTS.where(stopped, c.pending, over))
+    return _Judgement(
+        judged=judged,
+        swept=swept,
+        accepted=(met if accuracy.estimated else judged & ~nonfinite) & ~stopped,
+        takes_current=judged & ~met & ~out_of_sweeps & ~nonfinite,
+        failed=nonfinite | out_of_sweeps | diverged | stopped,
+        why=why,
+        estimate=estimate,
+        request=request,
+        sweeps=sweeps,
     )
+
+
+def _why_solve_failed(info: StageInfo) -> RESULTS:
+    budget = RESULTS.where(info.indefinite, RESULTS.indefinite_curvature, RESULTS.adjoint_not_converged)
+    return RESULTS.where(
+        info.nonfinite, RESULTS.nonfinite, RESULTS.where(info.singular, RESULTS.singular_curvature, budget)
+    )
+
+
+def _any(flags: list[Array]) -> Bool[Array, ""]:
+    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
+
+
+def _integer(value: int) -> Int[Array, ""]:
+    return jnp.asarray(value, jnp.int32)
 
 
 def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: State) -> Outcome:
     """Hypergradient by implicit differentiation, judged by sweeps; see the head of this file."""
     dtype = tree_dtype((task.theta0, task.phi))
-    eps = jnp.asarray(jnp.finfo(dtype).eps, dtype)
-    inf, zero, nan = (jnp.asarray(v, dtype) for v in (jnp.inf, 0.0, jnp.nan))
-    yes, no = jnp.asarray(True), jnp.asarray(False)
+    inf, nan = jnp.asarray(jnp.inf, dtype), jnp.asarray(jnp.nan, dtype)
+    no, zero = jnp.asarray(False), jnp.zeros((), dtype)
     zero_theta = tree_zeros_like(task.theta0)
+    probe = tree_generic_like(task.theta0)
     start_theta = tree_where(state.warm, state.theta, task.theta0)
     # Without an estimate nothing would say that a warm start has been swept far enough: solve again.
     sweeps_first = state.warm & accuracy.estimated
-    probe = tree_random_like(jax.random.key(0), task.theta0)
-    least_sweeps = 1 if stage.knows_its_error else 2
     loose = jnp.asarray(CORRECTION_RTOL, dtype)
     # A first correction has to win more than a digit when much accuracy is wanted.
     first_rtol = jnp.clip(jnp.sqrt(accuracy.rtol), 1e-3, CORRECTION_RTOL).astype(dtype)
-    polishes = jnp.asarray(accuracy.estimated and accuracy.max_sweeps > 1)
-
-    empty = _Kept(
-        nan, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), task.phi), start_theta, nan, nan, inf
+    after_inner = POLISH if accuracy.estimated and accuracy.max_sweeps > 1 else FIRST
+    nothing = _Kept(
+        nan, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi), start_theta, nan, nan, inf
     )
     init = _Carry(
         theta=start_theta,
         adjoint=tree_where(state.warm, state.adjoint, zero_theta),
-        solve_theta=sweeps_first | polishes,
-        run_inner=~sweeps_first,
-        warm=sweeps_first,
-        after_adjoint=no,
-        first_adjoint=yes,
-        probing=no,
-        has_kept=no,
-        kept=empty,
+        kept=nothing,
+        phase=jnp.where(sweeps_first, POLISH, after_inner).astype(jnp.int32),
+        source=jnp.where(sweeps_first, WARM, INNER_NOW).astype(jnp.int32),
+        sweeps=_integer(-1),
+        polished=_integer(0),
         change=inf,
         residual=inf,
         step=inf,
-        polished=jnp.zeros((), jnp.int32),
         rtol=first_rtol,
-        attempt_sweeps=jnp.zeros((), jnp.int32),
-        counts=_Counts(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
-        curvature_min=jnp.where(state.warm, state.curvature_min.astype(dtype), inf),
-        lowest=inf,
-        highest=-inf,
-        condition=zero,
-        no_influence=jax.tree.map(lambda _: no, task.phi),
-        done=no,
+        counts=_Counts(_integer(0), _integer(0), _integer(0)),
+        curvature=_Curvature(jnp.where(state.warm, state.curvature_min.astype(dtype), inf), inf, -inf, zero),
+        no_influence=[no for _ in jax.tree.leaves(task.phi)],
         pending=RESULTS.successful,
         result=RESULTS.successful,
     )
@@ -166,187 +264,137 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         theta, new_steps, result = task.solve(theta)
         return theta, steps + new_steps.astype(jnp.int32), result
 
+    def solve(c: _Carry, found: _Evaluation, verdict: _Judgement, wanted: Bool[Array, ""]) -> Any:
+        """The one linear solve of a turn: x, what it learnt, and how accurate it was to be."""
+        solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
+        correction = c.phase != FIRST
+        factor = 0.5 * verdict.request / jnp.where(verdict.estimate > 0, verdict.estimate, 1)
+        again = jnp.where(verdict.swept, jnp.clip(factor, 1e-3, CORRECTION_RTOL), loose).astype(dtype)
+        rtol = jnp.where(verdict.judged, again, c.rtol)
+        damping = jnp.where(correction, zero, accuracy.damping)
+        adjoint_rhs = tree_axpy(-damping, c.adjoint, found.adjoint_residual)
+        request = Request(
+            rhs=tree_where(solve_theta, tree_neg(found.at.residual), adjoint_rhs),
+            wanted=wanted,
+            transposed=~solve_theta,
+            # In a judged sweep the error of d goes through A⁻¹ once more on its way into the hypergradient.
+            amplified=c.phase == SWEEP_THETA,
+            rtol=jnp.where(correction, rtol, accuracy.adjoint_rtol),
+            damping=damping,
+            reference=tree_where(correction, zero_theta, c.adjoint),
+            curvature_min=c.curvature.ritz_min,
+        )
+        theta = found.current.theta
+        x, info = stage.solve(found.at, request, (task.rebuild(theta), task.args))
+        return x, info, rtol
+
     def turn(c: _Carry) -> _Carry:
         theta, inner_steps, inner_result = run_once(
-            c.run_inner, inner, (c.theta, c.counts.inner_steps, RESULTS.successful)
+            c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps, RESULTS.successful)
         )
-        at = task.condition.linearise(theta, task.phi, task.inner_batch)
-        product, cross = at.transposed(tree_where(c.probing, probe, c.adjoint))
-        value, (outer_theta, outer_phi) = jax.value_and_grad(task.outer, argnums=(0, 1))(
-            theta, task.phi, task.outer_batch
-        )
-        grad = tree_sub(outer_phi, cross)
-        adjoint_residual = tree_sub(outer_theta, product)
-        inner_residual = tree_norm(at.residual)
-        current = _Kept(value.astype(dtype), grad, theta, inner_residual, tree_norm(adjoint_residual), inf)
-        counts = _Counts(c.counts.matvecs + 1, c.counts.sweeps, inner_steps)
+        probing = c.phase == PROBE
+        found = _evaluate(task, theta, tree_where(probing, probe, c.adjoint), c.kept)
+        verdict = _judge(c, found, stage, accuracy)
+        vanishes = [
+            jnp.where(verdict.takes_current, new, old)
+            for new, old in zip(found.grad_vanishes, found.kept_vanishes, strict=True)
+        ]
+        no_influence = [
+            jnp.where(probing, zero_leaf & zero_cross, was)
+            for zero_leaf, zero_cross, was in zip(vanishes, found.cross_vanishes, c.no_influence, strict=True)
+        ]
+        # A leaf of the hypergradient that is exactly zero: is it unused? One more turn finds out.
+        start_probe = verdict.accepted & _any(vanishes)
+        wanted = ~verdict.accepted & ~probing & ~verdict.failed
+        x, info, rtol = solve(c, found, verdict, wanted)
 
-        # --- judge the pair (θ, q), if it is one ---
-        judged = c.after_adjoint & ~c.probing
-        kept_norm = tree_norm(c.kept.grad)
-        change = tree_norm(tree_sub(grad, c.kept.grad))
-        rounding = eps * c.condition * tree_norm(cross)
-        estimate = _estimate(stage, change, c.change, kept_norm, rounding)
-        request = accuracy.atol + accuracy.rtol * kept_norm
-        swept = judged & c.has_kept
-        attempt_sweeps = c.attempt_sweeps + swept.astype(jnp.int32)
-        counts = counts._replace(sweeps=counts.sweeps + swept.astype(jnp.int32))
-        met = swept & (estimate <= request)
-        limit = jnp.where(
-            c.warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least_sweeps)
-        )
-        out_of_sweeps = swept & ~met & (attempt_sweeps >= limit)
-        nonfinite = ~c.probing & ~(
-            jnp.isfinite(value) & jnp.isfinite(inner_residual) & tree_all_finite((grad, adjoint_residual))
-        )
-        # A Newton step from a warm start that is too far away makes ‖F‖ grow.
-        diverged = c.warm & ~c.after_adjoint & ~c.probing & ~(inner_residual <= 2 * c.residual)
-        stopped = judged & (c.pending != RESULTS.successful)
-        accept = (met if accuracy.estimated else judged & ~nonfinite) & ~stopped
-        takes_current = judged & ~met & ~out_of_sweeps & ~nonfinite
-        kept = tree_where(
-            takes_current, current, c.kept._replace(estimate=jnp.where(swept, estimate, c.kept.estimate))
-        )
-        has_kept = c.has_kept | takes_current
-
-        failed = nonfinite | out_of_sweeps | diverged | stopped
-        verdict = RESULTS.where(
-            nonfinite,
-            RESULTS.nonfinite,
-            RESULTS.where(
-                stopped,
-                c.pending,
-                RESULTS.where(rounding > request, RESULTS.precision_limited, RESULTS.inner_not_converged),
-            ),
-        )
-
-        # --- is there a leaf of φ that nothing depends on? ---
-        zero_leaf = jax.tree.map(lambda leaf: jnp.all(leaf == 0) & (leaf.size > 0), kept.grad)
-        suspicious = jnp.any(jnp.stack([*jax.tree.leaves(zero_leaf), no]))
-        no_influence = jax.tree.map(
-            lambda was, zero, b: jnp.where(c.probing, zero & jnp.all(b == 0), was),
-            c.no_influence,
-            zero_leaf,
-            cross,
-        )
-        start_probe = accept & suspicious & ~c.probing
-        done = (accept & ~suspicious) | c.probing
-
-        # --- one solve ---
-        back_to_inner = failed & c.warm
-        solving = ~done & ~start_probe & ~failed
-        # From a warm start θ comes first; after an adjoint, θ; after θ, the adjoint.
-        solve_theta = jnp.where(judged, yes, c.solve_theta)
-        factor = request / jnp.where(estimate > 0, estimate, 1)
-        rtol = jnp.where(
-            swept,
-            jnp.clip(0.5 * factor, 1e-3, CORRECTION_RTOL).astype(dtype),
-            jnp.where(judged, loose, c.rtol),
-        )
-        correction = solve_theta | ~c.first_adjoint
-        damping = jnp.where(correction, zero, accuracy.damping)
-        adjoint_rhs = tree_axpy(-damping, c.adjoint, adjoint_residual)
-        x, info = stage.solve(
-            at,
-            Request(
-                rhs=tree_where(solve_theta, tree_neg(at.residual), adjoint_rhs),
-                wanted=solving,
-                transposed=~solve_theta,
-                # In a judged sweep the error of d goes through A⁻¹ once more on its way into the hypergradient.
-                amplified=solve_theta & ~c.first_adjoint,
-                rtol=jnp.where(correction, rtol, accuracy.adjoint_rtol),
-                damping=damping,
-                reference=tree_where(correction, zero_theta, c.adjoint),
-                curvature_min=c.curvature_min,
-            ),
-            (task.rebuild(theta), task.args),
-        )
-        counts = counts._replace(matvecs=counts.matvecs + info.num_matvecs.astype(jnp.int32))
-        hard = solving & (info.singular | info.indefinite | info.nonfinite)
-        soft = solving & info.exhausted
+        exhausted = wanted & info.exhausted
         # A spent budget on a correction leaves the hypergradient before it, but no estimate of its error.
-        hard = hard | (soft & correction)
-        hard_verdict = RESULTS.where(
-            info.nonfinite,
-            RESULTS.nonfinite,
-            RESULTS.where(
-                info.singular,
-                RESULTS.singular_curvature,
-                RESULTS.where(info.indefinite, RESULTS.indefinite_curvature, RESULTS.adjoint_not_converged),
-            ),
+        broken = wanted & (
+            info.singular | info.indefinite | info.nonfinite | (exhausted & (c.phase != FIRST))
         )
-        back_to_inner = back_to_inner | (hard & c.warm)
-        ends = (failed | hard) & ~back_to_inner
-        influence_lost = c.probing & jnp.any(jnp.stack([*jax.tree.leaves(no_influence), no]))
-        result = RESULTS.where(
-            ends,
-            RESULTS.where(failed, verdict, hard_verdict),
-            RESULTS.where(influence_lost, RESULTS.no_influence, RESULTS.successful),
-        )
-        # With a failure the last pair is better than nothing; NaN where there was none.
-        moved = solving & ~hard
+        wrong = verdict.failed | broken
+        retry = wrong & (c.source == WARM)
+        moved = wanted & ~broken
+        solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
+
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
-        step, size = tree_norm(x), tree_norm(tree_add(theta, x))
+        new_theta = tree_add(theta, x)
+        lengths = sum(tree_gram(x, new_theta))
+        step, size = jnp.sqrt(lengths[0, 0]), jnp.sqrt(lengths[1, 1])
         ratio = jnp.where(jnp.isfinite(c.step), (step / c.step) ** 2, step / size)
         expected, goal = step * jnp.maximum(rtol, ratio), POLISH_TARGET * accuracy.rtol * size
-        polishing = moved & solve_theta & c.first_adjoint
-        polish_limit = jnp.where(c.warm, WARM_SWEEPS, accuracy.max_sweeps - 1)
-        polish_more = polishing & (expected > goal) & (c.polished + 1 < polish_limit)
-        next_rtol = jnp.where(
-            polish_more, jnp.clip(goal / expected, 1e-4, CORRECTION_RTOL).astype(dtype), rtol
+        polish_limit = jnp.where(c.source == WARM, WARM_SWEEPS, accuracy.max_sweeps - 1)
+        polish_more = (expected > goal) & (c.polished + 1 < polish_limit)
+
+        following = jnp.select(
+            [c.phase == POLISH, c.phase == SWEEP_THETA],
+            [jnp.where(polish_more, POLISH, FIRST), _integer(SWEEP_ADJOINT)],
+            _integer(SWEEP_THETA),
         )
-        new_theta = tree_where(moved & solve_theta, tree_add(theta, x), theta)
-        new_adjoint = tree_where(moved & ~solve_theta, tree_add(c.adjoint, x), c.adjoint)
+        finished = probing | verdict.accepted | wrong
+        following = jnp.where(finished, DONE, following)
+        following = jnp.where(start_probe, PROBE, jnp.where(retry, after_inner, following))
+        result = RESULTS.where(
+            wrong & ~retry,
+            RESULTS.where(verdict.failed, verdict.why, _why_solve_failed(info)),
+            RESULTS.where(probing & _any(no_influence), RESULTS.no_influence, RESULTS.successful),
+        )
+        believed = jnp.asarray(accuracy.estimated) | (inner_result == RESULTS.successful)
+        pending = RESULTS.where(believed, c.pending, inner_result)
+        pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, pending)
+        estimate = jnp.where(verdict.swept, verdict.estimate, c.kept.estimate)
+        kept = tree_where(verdict.takes_current, found.current, c.kept._replace(estimate=estimate))
+        # Back to the inner solver the adjoint is kept as a start, if it is one.
+        usable = jnp.isfinite(found.current.adjoint_residual)
+        old_adjoint = tree_where(retry & ~usable, zero_theta, c.adjoint)
+        seen = wanted & (info.num_matvecs > 0)
         return _Carry(
-            theta=tree_where(back_to_inner, start_theta, new_theta),
-            adjoint=tree_where(
-                back_to_inner,
-                jax.tree.map(lambda q: jnp.where(jnp.isfinite(q), q, 0), c.adjoint),
-                new_adjoint,
+            theta=tree_where(retry, start_theta, tree_where(moved & solve_theta, new_theta, theta)),
+            adjoint=tree_where(moved & ~solve_theta & ~retry, tree_add(c.adjoint, x), old_adjoint),
+            kept=tree_where(retry, nothing, kept),
+            phase=following.astype(jnp.int32),
+            source=jnp.where(retry, INNER_NOW, jnp.where(c.source == WARM, WARM, INNER_DONE)).astype(
+                jnp.int32
             ),
-            solve_theta=jnp.where(back_to_inner, polishes, polish_more | ~solve_theta),
-            run_inner=back_to_inner,
-            warm=c.warm & ~back_to_inner,
-            after_adjoint=solving & ~solve_theta & ~back_to_inner,
-            first_adjoint=(c.first_adjoint & solve_theta) | back_to_inner,
-            probing=start_probe,
-            has_kept=has_kept & ~back_to_inner,
-            kept=tree_where(back_to_inner, empty, kept),
-            change=jnp.where(back_to_inner, inf, jnp.where(swept, change, c.change)),
-            residual=inner_residual,
-            step=jnp.where(back_to_inner, inf, jnp.where(moved & solve_theta, step, c.step)),
-            polished=jnp.where(back_to_inner, 0, c.polished + polishing.astype(jnp.int32)),
-            rtol=jnp.where(back_to_inner, first_rtol, next_rtol),
-            attempt_sweeps=jnp.where(back_to_inner, 0, attempt_sweeps),
-            counts=counts,
-            curvature_min=jnp.minimum(c.curvature_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf)),
-            lowest=jnp.where(
-                solving & (info.num_matvecs > 0), jnp.minimum(c.lowest, info.curvature_min), c.lowest
-            ),
-            highest=jnp.where(
-                solving & (info.num_matvecs > 0), jnp.maximum(c.highest, info.curvature_max), c.highest
-            ),
-            condition=jnp.maximum(c.condition, info.condition),
-            no_influence=no_influence,
-            done=done | ends,
-            pending=RESULTS.where(
-                soft & ~correction,
-                RESULTS.adjoint_not_converged,
-                RESULTS.where(
-                    jnp.asarray(not accuracy.estimated) & (inner_result != RESULTS.successful),
-                    inner_result,
-                    c.pending,
+            sweeps=jnp.where(retry, -1, verdict.sweeps),
+            polished=jnp.where(retry, 0, c.polished + (moved & (c.phase == POLISH)).astype(jnp.int32)),
+            change=jnp.where(retry, inf, jnp.where(verdict.swept, found.change, c.change)),
+            residual=found.current.inner_residual,
+            step=jnp.where(retry, inf, jnp.where(moved & solve_theta, step, c.step)),
+            rtol=jnp.where(
+                retry,
+                first_rtol,
+                jnp.where(
+                    (c.phase == POLISH) & polish_more, jnp.clip(goal / expected, 1e-4, CORRECTION_RTOL), rtol
                 ),
+            ).astype(dtype),
+            counts=_Counts(
+                c.counts.matvecs + 1 + info.num_matvecs.astype(jnp.int32),
+                c.counts.sweeps + verdict.swept.astype(jnp.int32),
+                inner_steps,
             ),
+            curvature=_Curvature(
+                jnp.minimum(c.curvature.ritz_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf)),
+                jnp.where(seen, jnp.minimum(c.curvature.lowest, info.curvature_min), c.curvature.lowest),
+                jnp.where(seen, jnp.maximum(c.curvature.highest, info.curvature_max), c.curvature.highest),
+                jnp.maximum(c.curvature.condition, info.condition),
+            ),
+            no_influence=no_influence,
+            pending=pending,
             result=result,
         )
 
-    end = jax.lax.while_loop(lambda c: ~c.done, turn, init)
-    kept = end.kept
-    unknown = jnp.isinf(kept.estimate)
-    estimate = jnp.where(unknown, nan, kept.estimate) if accuracy.estimated is False else kept.estimate
-    good = end.result == RESULTS.successful
-    usable = jnp.asarray(good | (end.result == RESULTS.no_influence))
+    end = jax.lax.while_loop(lambda c: c.phase != DONE, turn, init)
+    return _outcome(task, state, end, accuracy)
+
+
+def _outcome(task: Task, state: State, end: _Carry, accuracy: Accuracy) -> Outcome:
+    """What the loop ended with, as the user sees it."""
+    kept, curvature = end.kept, end.curvature
+    nan = jnp.asarray(jnp.nan, kept.estimate.dtype)
+    estimate = kept.estimate if accuracy.estimated else nan
+    usable = jnp.asarray((end.result == RESULTS.successful) | (end.result == RESULTS.no_influence))
     stats = Stats(
         inner_residual=kept.inner_residual,
         adjoint_residual=kept.adjoint_residual,
@@ -355,14 +403,15 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         num_matvecs=end.counts.matvecs,
         num_sweeps=end.counts.sweeps,
         num_inner_steps=end.counts.inner_steps,
-        curvature_min=jnp.where(jnp.isfinite(end.lowest), end.lowest, nan),
-        curvature_max=jnp.where(jnp.isfinite(end.highest), end.highest, nan),
+        curvature_min=jnp.where(jnp.isfinite(curvature.lowest), curvature.lowest, nan),
+        curvature_max=jnp.where(jnp.isfinite(curvature.highest), curvature.highest, nan),
     )
     new_state = State(
-        theta=tree_where(usable, end.theta, start_theta),
-        adjoint=tree_where(usable, end.adjoint, zero_theta),
-        curvature_min=end.curvature_min,
+        theta=tree_where(usable, end.theta, tree_where(state.warm, state.theta, task.theta0)),
+        adjoint=tree_where(usable, end.adjoint, tree_zeros_like(end.adjoint)),
+        curvature_min=curvature.ritz_min,
         warm=usable,
         key=state.key,
     )
-    return Outcome(kept.value, kept.grad, kept.theta, end.result, stats, new_state, end.no_influence)
+    no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), end.no_influence)
+    return Outcome(kept.value, kept.grad, kept.theta, end.result, stats, new_state, no_influence)

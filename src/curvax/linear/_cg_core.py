@@ -17,6 +17,7 @@ from curvax._pytree import (
     tree_axpy,
     tree_dot,
     tree_dtype,
+    tree_gram,
     tree_neg,
     tree_norm,
     tree_size,
@@ -218,9 +219,8 @@ def conjugate_gradient(
     def body(c: _Loop) -> _Loop:
         # One product serves both kinds of step, so that the compiler sees the operator once.
         product = matvec(tree_where(c.replace, c.x, c.p))
-        p_dot_p = tree_dot(c.p, c.p)
-        curvature = tree_dot(c.p, product)
-        product_norm = tree_norm(product)
+        directions = sum(tree_gram(c.p, product))
+        p_dot_p, curvature, product_norm = directions[0, 0], directions[0, 1], jnp.sqrt(directions[1, 1])
         norm = jnp.where(c.replace, c.norm, jnp.maximum(c.norm, product_norm / jnp.sqrt(p_dot_p)))
         nonfinite = ~jnp.isfinite(curvature + product_norm)
         nonpositive = ~c.replace & ~nonfinite & ~(curvature > 0)
@@ -233,17 +233,19 @@ def conjugate_gradient(
         rayleigh = jnp.where(advance, jnp.minimum(c.rayleigh, curvature / p_dot_p), c.rayleigh)
 
         x = tree_axpy(alpha, c.p, c.x)
-        x_norm = tree_norm(x)
         # An ordinary step: r − αAp; a replacement: b − Ax.
         base = tree_where(c.replace, rhs, c.r)
         factor = jnp.where(c.replace, 1, alpha)
         r = tree_axpy(-factor, product, base)
-        residual_norm = tree_norm(r)
+        total = x if reference is None else tree_add(reference, x)
+        vectors = sum(tree_gram(x, r, rhs, total))
+        x_norm, residual_norm, total_norm = (jnp.sqrt(vectors[i, i]) for i in (0, 1, 3))
+        x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
         rounding = eps * (norm * x_norm + rhs_norm)
         deviation = jnp.where(c.replace, rounding, c.deviation + eps * (norm * x_norm + residual_norm))
 
         z = precondition(r) if keeps_metric else r
-        gamma = tree_dot(r, z)
+        gamma = tree_dot(r, z) if keeps_metric else vectors[1, 1]
         beta = jnp.where(advance, gamma / c.gamma, c.beta)
         # After a replacement p keeps its conjugate part: p + (z_new − z_old).
         z_old = c.z if keeps_metric else c.r
@@ -259,9 +261,7 @@ def conjugate_gradient(
         smallest = jnp.minimum(carried_min, 1 / ritz.low)
         # A direction with a small eigenvalue may not have shown itself in one or two steps.
         wanted = rtol * jnp.where(c.num_matvecs < 3, 0.1, 1.0).astype(dtype)
-        x_energy = tree_dot(x, rhs)  # = xᵀAx, because r ⟂ x
         own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
-        total_norm = x_norm if reference is None else tree_norm(tree_add(reference, x))
         if keeps_metric:
             # ‖q + x‖_M needs M q, which is not at hand: scale ‖x‖_M by the ratio of the 2-norms.
             metric_norm = jnp.sqrt(tree_dot(x, metric_x)) * total_norm / jnp.where(x_norm > 0, x_norm, 1)
