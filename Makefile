@@ -36,7 +36,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(CORE)
-	$(BIN)/curvax tune digits --out reports/digits
+	$(BIN)/curvax tune digits
 
 test: lint docs
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
