@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from curvax.bilevel import _run as runs
-from curvax.bilevel._driver import MAX_RETRIES, AbstractAlgorithm, initial
+from curvax.bilevel._driver import AbstractAlgorithm, initial
 from curvax.bilevel._history import Measurements
 from curvax.bilevel._run import Run, execute
 from jaxtyping import Array, PyTree
@@ -34,7 +34,7 @@ class Descent(AbstractAlgorithm):
     def init(self, phi, data, key):
         return _State(phi, jnp.zeros_like(phi), key)
 
-    def step(self, state, scale, data):
+    def step(self, state, scale, restart, data):
         TRACES.append(self.fn)
         x = state.x + scale.astype(state.x.dtype) * state.update
         value, grad = jax.value_and_grad(self.fn)(x, data)
@@ -171,9 +171,23 @@ def test_gives_up_and_keeps_the_last_good_point():
     execute(run, target_rows=10)
     assert run.finished and run.num_rows == 1
     assert run.carry.result == cx.RESULTS.nonfinite
-    assert int(run.carry.num_attempts) == 1 + MAX_RETRIES + 1
+    assert int(run.carry.num_attempts) == 1 + 11  # at 1, 1/2, ..., 1/1024
     assert np.array_equal(run.point()[0], [1.0])
     assert len(run.recorder.history()) == 1
+
+
+def test_creeping_along_a_wall_is_a_failure():
+    """The minimum lies beyond a wall: every step shrinks, and the run says so before they are nothing."""
+
+    def walled(x, data):
+        return jnp.sum((x - data) ** 2) + jnp.where(x[0] > 1.0, jnp.nan, 0.0)
+
+    constants, carry = _make(fn=walled, rate=0.1, x0=(0.0,), target=3.0)
+    run = Run(constants, carry)
+    execute(run, target_rows=1000)
+    assert run.finished and run.carry.result == cx.RESULTS.nonfinite
+    assert run.num_rows < 100
+    assert 0.99 < run.point()[0][0] <= 1.0
 
 
 def test_bad_start_is_not_repeated():

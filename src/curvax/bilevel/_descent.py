@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from curvax._pytree import tree_all_finite, tree_norm
+from curvax._pytree import tree_all_finite, tree_norm, tree_zeros_like
 from curvax._results import RESULTS
 from curvax.bilevel._driver import AbstractAlgorithm
 from curvax.bilevel._history import Measurements
@@ -20,10 +20,10 @@ ATOL_FRACTION = 0.01
 
 
 class DescentState(eqx.Module):
-    """A good point, the update to be taken from it, and what the next hypergradient starts from."""
+    """A good point, its hypergradient, the optimiser's state before its update, and warm starts."""
 
     phi: PyTree[Array]
-    update: PyTree[Array]
+    grad: PyTree[Array]
     opt_state: PyTree
     theta: PyTree[Array]
     value: Float[Array, ""]
@@ -42,8 +42,8 @@ class HypergradientDescent(AbstractAlgorithm):
     theta0: PyTree
 
     def init(self, phi: PyTree[Array], data: PyTree, key: PyTree) -> DescentState:
-        """The start, with a zero update."""
-        inner_data, outer_data = data
+        """The start, where nothing was measured yet: `value` is NaN."""
+        del data
         warm = initial_state(
             self.problem,
             eqx.combine(phi, self.phi_rest),
@@ -52,33 +52,39 @@ class HypergradientDescent(AbstractAlgorithm):
             rule=self.rule,
             key=key,
         )
-        opt_state = self.optimizer.init(phi)
-        value = jnp.full((), jnp.nan, float)
-        update, _ = eqx.filter_eval_shape(self._update, phi, opt_state, phi, value)
         return DescentState(
             phi=phi,
-            # In the dtype of the optimiser's update, which may be wider than that of a bfloat16 `phi`.
-            update=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), update),
-            opt_state=opt_state,
+            grad=tree_zeros_like(phi),
+            opt_state=self.optimizer.init(phi),
             theta=eqx.filter(self.theta0, eqx.is_inexact_array),
-            value=value,
+            value=jnp.full((), jnp.nan, float),
             warm=warm,
             atol=_requested(self.rule)[1],
         )
 
-    def _update(self, grad: PyTree, opt_state: PyTree, phi: PyTree, value: Scalar) -> tuple[PyTree, PyTree]:
+    def _move(self, state: DescentState, scale: Scalar, restart: Scalar) -> tuple[PyTree, PyTree]:
+        """The next point and the optimiser's state behind it; the old ones before the first measurement."""
+
+        def forget(fresh: Any, old: Any) -> Any:
+            # Counters go on, so that a schedule of learning rates does.
+            return jnp.where(restart, fresh, old) if eqx.is_inexact_array(old) else old
+
+        before = jax.tree.map(forget, self.optimizer.init(state.phi), state.opt_state)
         optimizer = optax.with_extra_args_support(self.optimizer)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
-            return optimizer.update(grad, opt_state, phi, value=value, grad=grad)
+            update, after = optimizer.update(state.grad, before, state.phi, value=state.value, grad=state.grad)
+            scaled = jax.tree.map(lambda u: scale.astype(u.dtype) * u, update)
+            phi = optax.apply_updates(state.phi, scaled)
+        is_start = jnp.isnan(state.value)
+        keep = lambda old, new: jnp.where(is_start, old, new) if eqx.is_array(new) else new  # noqa: E731
+        return jax.tree.map(keep, (state.phi, state.opt_state), (phi, after))
 
     def step(
-        self, state: DescentState, scale: Scalar, data: PyTree
+        self, state: DescentState, scale: Scalar, restart: Scalar, data: PyTree
     ) -> tuple[DescentState, Measurements, RESULTS]:
-        """Take the update, compute the hypergradient there, ask the optimiser for the next update."""
+        """Take the update and compute the hypergradient there."""
         inner_data, outer_data = data
-        scaled = jax.tree.map(lambda u: scale.astype(u.dtype) * u, state.update)
-        with jax.numpy_dtype_promotion("standard"):
-            phi = optax.apply_updates(state.phi, scaled)
+        phi, opt_state = self._move(state, scale, restart)
         rule = self.rule if state.atol is None else eqx.tree_at(lambda r: r.atol, self.rule, state.atol)
         hg = hypergradient(
             self.problem,
@@ -91,14 +97,13 @@ class HypergradientDescent(AbstractAlgorithm):
             state=state.warm,
             throw=False,
         )
-        update, opt_state = self._update(hg.grad, state.opt_state, phi, hg.value)
-        finite = jnp.isfinite(hg.value) & tree_all_finite(hg.grad) & tree_all_finite(update)
+        finite = jnp.isfinite(hg.value) & tree_all_finite(hg.grad) & tree_all_finite(phi)
         # A result that says more than "not finite" is kept.
         result = RESULTS.where((hg.result == RESULTS.successful) & ~finite, RESULTS.nonfinite, hg.result)
         norm = tree_norm(hg.grad)
         new = DescentState(
             phi=phi,
-            update=update,
+            grad=hg.grad,
             opt_state=opt_state,
             theta=eqx.filter(hg.theta, eqx.is_inexact_array),
             value=hg.value.astype(state.value.dtype),

@@ -18,28 +18,34 @@ from curvax.bilevel._history import History, Measurements, empty, write
 
 # Rows that the buffers of one chunk hold.
 CAPACITY = 4096
-# After a failed attempt the step is halved; after this many good steps in a row it is doubled again.
-MAX_RETRIES = 8
+# After a failed attempt the step is halved, down to 1/1024: a run that needs still smaller ones creeps along a
+# wall, and whoever waits for it is better told. After some good steps in a row it is doubled again. From the second
+# repetition on the algorithm forgets its momentum: that may push into the wall while the gradient points away.
 SHRINK = 0.5
-NUM_GOOD_TO_GROW = 10
+MIN_SCALE = 2.0**-10
+NUM_GOOD_TO_GROW = 5
+NUM_RETRIES_TO_RESTART = 2
 
 
 class AbstractAlgorithm(eqx.Module):
     """A bilevel algorithm as pure functions; its state always describes a good point.
 
-    The law that makes retries work: a state holds a point and the update that is to be taken from
-    it. `step` takes `scale` times that update, measures the new point and prepares the next update. When
-    the new point is bad, the driver throws the new state away and calls `step` again on the old
-    state with a smaller scale. The first call of `step` has nothing to take: it measures the start.
+    The law that makes retries work: a state holds a measured point and all that the next update
+    needs. `step` takes `scale` times that update and measures the point to which it leads. When that
+    point is bad, the driver throws the new state away and calls `step` again on the old state with a
+    smaller scale, and with `restart` when that did not help. The first call of `step` takes no
+    update: it measures the start.
     """
 
     @abc.abstractmethod
     def init(self, phi: PyTree[Array], data: PyTree, key: PyTree) -> PyTree:
-        """State at the start, with no update pending."""
+        """State at the start, before anything was measured."""
 
     @abc.abstractmethod
-    def step(self, state: PyTree, scale: Scalar, data: PyTree) -> tuple[PyTree, Measurements, RESULTS]:
-        """Take the pending update times `scale`, measure there; `successful` if the point is good."""
+    def step(
+        self, state: PyTree, scale: Scalar, restart: Scalar, data: PyTree
+    ) -> tuple[PyTree, Measurements, RESULTS]:
+        """Take the update times `scale`, without momentum if `restart`; `successful` if the point is good."""
 
     @abc.abstractmethod
     def point(self, state: PyTree) -> tuple[PyTree, PyTree]:
@@ -99,7 +105,8 @@ def initial(constants: PyTree, phi: PyTree, key: PyTree) -> Carry:
 def _advance(constants: PyTree, carry: Carry, buffers: History, row: Scalar) -> tuple[Carry, History, Scalar]:
     """One attempt; kept if it is good, else only counted."""
     algorithm, rules, data = constants
-    state, entry, result = algorithm.step(carry.state, carry.scale, data)
+    restart = carry.num_retries >= NUM_RETRIES_TO_RESTART
+    state, entry, result = algorithm.step(carry.state, carry.scale, restart, data)
     good = result == RESULTS.successful
     buffers = write(buffers, row, entry, carry.scale, carry.num_retries)  # a failed row is overwritten
     stopping, stops = [], [jnp.asarray(False)]
@@ -109,7 +116,7 @@ def _advance(constants: PyTree, carry: Carry, buffers: History, row: Scalar) -> 
         stops.append(stop)
     keep = lambda new, old: jnp.where(good, new, old) if eqx.is_array(new) else new  # noqa: E731
     # At the start there is no step that could be made smaller.
-    hopeless = (carry.num_retries >= MAX_RETRIES) | (carry.num_rows == 0)
+    hopeless = (carry.scale * SHRINK < MIN_SCALE) | (carry.num_rows == 0)
     grown = carry.num_good + 1 >= NUM_GOOD_TO_GROW
     new = Carry(
         state=jax.tree.map(keep, state, carry.state),

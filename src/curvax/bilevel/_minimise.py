@@ -17,10 +17,13 @@ from curvax._results import RESULTS, describe
 from curvax.bilevel._callbacks import split
 from curvax.bilevel._checkpoint import Checkpoint, Store
 from curvax.bilevel._descent import HypergradientDescent
-from curvax.bilevel._driver import MAX_RETRIES, SHRINK, Carry, initial, own
+from curvax.bilevel._door import check_inner_solver
+from curvax.bilevel._driver import MIN_SCALE, Carry, initial, own
 from curvax.bilevel._history import History
+from curvax.bilevel._problem import Bilevel
 from curvax.bilevel._progress import Progress
 from curvax.bilevel._run import Run, execute, load, revive
+from curvax.implicit._rule import AbstractRule
 
 
 class Solution(eqx.Module):
@@ -47,12 +50,12 @@ class Solution(eqx.Module):
 
 
 def minimise(
-    problem: Any,
+    problem: Bilevel,
     phi0: PyTree,
     theta0: PyTree,
     *,
     inner_solver: Any,
-    rule: Any,
+    rule: AbstractRule,
     optimizer: optax.GradientTransformation,
     num_steps: int,
     inner_data: Any = None,
@@ -78,10 +81,11 @@ def minimise(
     can meet. After the first hypergradient $h_0$ its `atol` is raised to $0.01\,\texttt{rtol}\,\|h_0\|$ if it is
     smaller.
 
-    *Failures.* A step that leads to a point where the outer loss, the hypergradient or the next
-    update is not finite, or where the hypergradient has a failed `result`, is taken back and repeated
-    with half the length, up to 8 times in a row; after 10 good steps the length doubles again, up to
-    the full one. A start that fails is not repeated.
+    *Failures.* A step that leads to a point where the outer loss or the hypergradient is not finite,
+    or where the hypergradient has a failed `result`, is taken back and repeated with half the length, down to
+    1/1024 of the optimiser's. The second repetition sets the floats of the optimiser's state (momentum) back to
+    their start. After 5 good steps in a row the length doubles again, up to the full one. A start that
+    fails is not repeated.
 
     *Speed.* One program is compiled for a problem, inner solver, rule, optimiser and shapes of the
     arrays; a second call with the same objects compiles nothing. Steps run in chunks of about 0.3 s
@@ -115,8 +119,8 @@ def minimise(
         RuntimeError: The run gave up and `throw=True`.
         KeyboardInterrupt: On Ctrl-C, after the checkpoint was written.
 
-    Cost: a chunk costs about 0.5 ms on the host. The state holds `phi` and its update, the
-    optimiser's state, and `theta` twice.
+    Cost: a chunk costs about 0.5 ms on the host. The state holds `phi`, its hypergradient, the
+    optimiser's state, `theta`, and the warm starts of the hypergradient.
 
     Example:
         ```python
@@ -135,6 +139,13 @@ def minimise(
         ```
     """
     num_steps = _check(phi0, theta0, optimizer, num_steps, key, inner_data=inner_data, outer_data=outer_data)
+    if not isinstance(problem, Bilevel):
+        raise TypeError(f"minimise: `problem` must be a `cx.Bilevel`, found {type(problem).__name__}.")
+    if not isinstance(rule, AbstractRule):
+        raise TypeError(f"minimise: `rule` must be `cx.Implicit(...)` or `cx.Unrolled()`, found {rule!r}.")
+    check_inner_solver(problem, inner_solver)
+    if state is not None and not isinstance(state, Carry):
+        raise TypeError(f"minimise: `state` must be the `state` of a `Solution`, found {state!r}.")
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         raise TypeError(f"minimise: `checkpoint` must be a `cx.Checkpoint(directory)`, found {checkpoint!r}.")
     stopping, between = split(callbacks)
@@ -229,8 +240,8 @@ def _explain(solution: Solution, num_steps: int, checkpoint: Checkpoint | None) 
     if len(solution.history) == 0:
         return f"minimise: the hypergradient at the start, `phi0`, failed: {reason}"
     text = (
-        f"minimise gave up after step {solution.num_steps} of {num_steps}: every attempt at the next one failed, down "
-        f"to {float(solution.state.scale) / SHRINK:.2g} of its length ({MAX_RETRIES} halvings). The last attempt: {reason} "
+        f"minimise gave up after step {solution.num_steps} of {num_steps}: the next one failed even at 1/{1 / MIN_SCALE:.0f} of "
+        f"its length. The last attempt: {reason} "
         f"The outer loss was {float(solution.value):.6g} at the last good point; `throw=False` returns it. "
         "If the losses blow up, take a smaller learning rate or bound the hyperparameters (exp, softplus)."
     )

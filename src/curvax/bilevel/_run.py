@@ -120,11 +120,11 @@ def load(store: Store, like: Carry) -> tuple[Carry, History | None]:
 
 
 def revive(carry: Carry) -> Carry:
-    """Give a run that gave up its retries back; one that was stopped stays stopped."""
-    if carry.result == RESULTS.successful:
+    """Let a run that gave up try again with full steps; one that was stopped stays stopped."""
+    if not bool(carry.finished) or bool(carry.result == RESULTS.successful):
         return carry
-    fresh = (jnp.asarray(False), jnp.zeros((), jnp.int32))
-    return eqx.tree_at(lambda c: (c.finished, c.num_retries), carry, fresh) if bool(carry.finished) else carry
+    fresh = (jnp.asarray(False), jnp.zeros((), jnp.int32), jnp.ones_like(carry.scale))
+    return eqx.tree_at(lambda c: (c.finished, c.num_retries, c.scale), carry, fresh)
 
 
 def execute(
