@@ -63,7 +63,9 @@ def optimistix(phi: Any, weights: Any, training: Any, validation: Any) -> tuple[
 def jaxopt_(phi: Any, weights: Any, training: Any, validation: Any) -> tuple[Any, Any]:
     """jaxopt: L-BFGS and its default implicit differentiation."""
     solver = jaxopt.LBFGS(problems.inner, tol=INNER_TOLERANCE, maxiter=MAX_STEPS)
-    return jax.value_and_grad(lambda p: problems.outer(solver.run(weights, p, training).params, p, validation))(phi)
+    return jax.value_and_grad(
+        lambda p: problems.outer(solver.run(weights, p, training).params, p, validation)
+    )(phi)
 
 
 CONTENDERS: dict[str, Contender] = {"Curvax": curvax, "Optimistix": optimistix, "jaxopt": jaxopt_}

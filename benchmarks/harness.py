@@ -29,7 +29,18 @@ warnings.filterwarnings("ignore", message="JAXopt is no longer maintained", cate
 
 import jax  # noqa: E402
 
-VERSIONS = ("jax", "jaxlib", "equinox", "lineax", "optimistix", "optax", "jaxopt", "numpy", "scipy", "scikit-learn")
+VERSIONS = (
+    "jax",
+    "jaxlib",
+    "equinox",
+    "lineax",
+    "optimistix",
+    "optax",
+    "jaxopt",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +78,16 @@ class Report:
     claims: list[Claim]
 
 
-def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int = 11) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times in turns, after two calls of each that are not counted.
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]], repeats: int = 11, warm_ups: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each call, `repeats` times in turns, after `warm_ups` calls of each that are not counted.
 
     The order within a round alternates, so that none always runs right after the same other one.
     """
     for function in functions.values():
-        jax.block_until_ready(function())
-        jax.block_until_ready(function())
+        for _ in range(warm_ups):
+            jax.block_until_ready(function())
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats):
         names = list(functions) if turn % 2 == 0 else list(functions)[::-1]
@@ -139,7 +152,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
 
     def line(values: list[str]) -> str:
-        return "| " + " | ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)) + " |"
+        return (
+            "| " + " | ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)) + " |"
+        )
 
     return "\n".join([line(columns), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, cells)])
 
@@ -160,9 +175,15 @@ def main(measure: Callable[[], Report]) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     arguments = parser.parse_args()
     report = measure()
-    print(f"{report.title}\n{report.setting}\n\n{table(report.rows)}\n\n{claims_table(report.claims)}", flush=True)
+    print(
+        f"{report.title}\n{report.setting}\n\n{table(report.rows)}\n\n{claims_table(report.claims)}",
+        flush=True,
+    )
     if arguments.json:
-        content = dataclasses.asdict(report) | {"holds": all(c.holds for c in report.claims), "machine": machine()}
+        content = dataclasses.asdict(report) | {
+            "holds": all(c.holds for c in report.claims),
+            "machine": machine(),
+        }
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, ensure_ascii=False)
     sys.exit(0 if all(claim.holds for claim in report.claims) else 1)

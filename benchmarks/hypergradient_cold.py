@@ -77,9 +77,14 @@ def measure() -> harness.Report:
             harness.Claim("relative error of Curvax", errors["Curvax"], at_most=1e-6),
             harness.Claim("estimate ÷ true error", estimate / errors["Curvax"], at_least=0.5, at_most=5.0),
             harness.Claim(
-                "Optimistix ÷ Curvax, time", harness.ratio(times["Optimistix"], times["Curvax"]), at_least=5.0, aim=8.0
+                "Optimistix ÷ Curvax, time",
+                harness.ratio(times["Optimistix"], times["Curvax"]),
+                at_least=5.0,
+                aim=8.0,
             ),
-            harness.Claim("jaxopt ÷ Curvax, time", harness.ratio(times["jaxopt"], times["Curvax"]), at_least=1.0),
+            harness.Claim(
+                "jaxopt ÷ Curvax, time", harness.ratio(times["jaxopt"], times["Curvax"]), at_least=1.0
+            ),
             harness.Claim("jaxopt ÷ Curvax, error", errors["jaxopt"] / errors["Curvax"], at_least=100.0),
             harness.Claim(
                 "time with ÷ without the estimate",
