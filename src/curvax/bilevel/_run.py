@@ -35,7 +35,7 @@ def deferred_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
         return
-    pending = []
+    pending: list[int] = []
 
     def handler(signum: int, frame: Any) -> None:
         if pending:

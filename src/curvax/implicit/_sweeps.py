@@ -140,7 +140,7 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
         theta, task.phi, task.outer_batch
     )
     grad, adjoint_residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
-    residuals = sum(tree_gram(at.residual, adjoint_residual))
+    residuals: Any = sum(tree_gram(at.residual, adjoint_residual))
     by_leaf = tree_gram(tree_sub(grad, kept.grad), kept.grad, cross, grad)
     change, kept_norm, cross_norm, grad_norm = (
         jnp.sqrt(sum(gram[i, i] for gram in by_leaf)) for i in range(4)
@@ -320,7 +320,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
 
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
         new_theta = tree_add(theta, x)
-        lengths = sum(tree_gram(x, new_theta))
+        lengths: Any = sum(tree_gram(x, new_theta))
         step, size = jnp.sqrt(lengths[0, 0]), jnp.sqrt(lengths[1, 1])
         ratio = jnp.where(jnp.isfinite(c.step), (step / c.step) ** 2, step / size)
         expected, goal = step * jnp.maximum(rtol, ratio), POLISH_TARGET * accuracy.rtol * size

@@ -6,7 +6,7 @@ Everything that solves with a symmetric curvature in this library runs this loop
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +219,7 @@ def conjugate_gradient(
     def body(c: _Loop) -> _Loop:
         # One product serves both kinds of step, so that the compiler sees the operator once.
         product = matvec(tree_where(c.replace, c.x, c.p))
-        directions = sum(tree_gram(c.p, product))
+        directions: Any = sum(tree_gram(c.p, product))
         p_dot_p, curvature, product_norm = directions[0, 0], directions[0, 1], jnp.sqrt(directions[1, 1])
         norm = jnp.where(c.replace, c.norm, jnp.maximum(c.norm, product_norm / jnp.sqrt(p_dot_p)))
         nonfinite = ~jnp.isfinite(curvature + product_norm)
@@ -238,7 +238,7 @@ def conjugate_gradient(
         factor = jnp.where(c.replace, 1, alpha)
         r = tree_axpy(-factor, product, base)
         total = x if reference is None else tree_add(reference, x)
-        vectors = sum(tree_gram(x, r, rhs, total))
+        vectors: Any = sum(tree_gram(x, r, rhs, total))
         x_norm, residual_norm, total_norm = (jnp.sqrt(vectors[i, i]) for i in (0, 1, 3))
         x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
         rounding = eps * (norm * x_norm + rhs_norm)
