@@ -81,10 +81,12 @@ def factorise(matrix: Float[Array, "n n"], sign: int) -> Factorisation:
         definite = jnp.all(jnp.isfinite(factor))
         factor, pivots = run_if(
             ~definite & jnp.all(jnp.isfinite(matrix)),
-            lambda _: tuple(a.astype(b.dtype) for a, b in zip(jax.scipy.linalg.lu_factor(matrix), (factor, pivots))),
+            lambda _: jax.scipy.linalg.lu_factor(matrix),
             (factor, pivots),
         )
-    f = Factorisation(matrix, factor, pivots, definite, jnp.ones((), matrix.dtype), sign != 0, sign or 1, False)
+    f = Factorisation(
+        matrix, factor, pivots, definite, jnp.ones((), matrix.dtype), sign != 0, sign or 1, False
+    )
     inverse_norm = _one_norm_of_inverse(
         lambda v: f._solve_once(v, False), lambda v: f._solve_once(v, True), size, matrix.dtype
     )
