@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from curvax.bilevel._checkpoint import Checkpoint, Store
 
 
@@ -175,7 +176,10 @@ def test_nothing_readable_is_an_error(tmp_path):
     for path in _files(tmp_path):
         path.write_bytes(b"")
     store = _open(tmp_path)
-    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match="none of the checkpoints"):
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(ValueError, match="none of the checkpoints"),
+    ):
         store.load(_state(0), ())
     store.close()
     gc.collect()
@@ -184,7 +188,9 @@ def test_nothing_readable_is_an_error(tmp_path):
 def test_other_shape_of_an_input_is_refused(tmp_path):
     _write(tmp_path)
     store = _open(tmp_path, inputs=INPUTS | {"phi0": {"w": np.ones(4)}})
-    with pytest.raises(ValueError, match=r"another problem: `phi0` was \['w'\]: float64\[3\]; now it is .*\[4\]"):
+    with pytest.raises(
+        ValueError, match=r"another problem: `phi0` was \['w'\]: float64\[3\]; now it is .*\[4\]"
+    ):
         store.load(_state(0), ())
     store.close()
 

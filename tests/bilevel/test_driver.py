@@ -4,17 +4,18 @@ import signal
 import threading
 import time
 
-import curvax as cx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array, PyTree
+
+import curvax as cx
 from curvax.bilevel import _run as runs
 from curvax.bilevel._driver import AbstractAlgorithm, initial
 from curvax.bilevel._history import Measurements
 from curvax.bilevel._run import Run, execute
-from jaxtyping import Array, PyTree
 
 TRACES = []
 

@@ -3,7 +3,6 @@
 import io
 import sys
 
-import curvax as cx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+
+import curvax as cx
 from helpers import tuning
 
 

@@ -1,11 +1,12 @@
 """What `minimise` refuses, what it repairs and what it reports."""
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import curvax as cx
 from helpers import tuning
 
 
@@ -41,7 +42,9 @@ def test_benign_control_takes_full_steps():
 
 
 def test_hopeless_run_fails_clearly_and_returns_the_last_good_point():
-    with pytest.raises(RuntimeError, match="gave up after step .* even at 1/1024 .*Nonfinite.*smaller learning rate"):
+    with pytest.raises(
+        RuntimeError, match="gave up after step .* even at 1/1024 .*Nonfinite.*smaller learning rate"
+    ):
         tuning.minimise(60, problem=BLOCKED)
     solution = tuning.minimise(60, problem=BLOCKED, throw=False)
     assert solution.result == cx.RESULTS.nonfinite
@@ -125,7 +128,11 @@ def test_not_inside_a_transformation():
 
 
 def test_callbacks_of_wrong_numbers():
-    for wrong in (lambda: cx.Every(0, print), lambda: cx.EarlyStopping(0), lambda: cx.EarlyStopping(1, min_delta=-1.0)):
+    for wrong in (
+        lambda: cx.Every(0, print),
+        lambda: cx.EarlyStopping(0),
+        lambda: cx.EarlyStopping(1, min_delta=-1.0),
+    ):
         with pytest.raises(ValueError):
             wrong()
     with pytest.raises(TypeError, match="callback"):

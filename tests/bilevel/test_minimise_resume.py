@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import curvax as cx
 from helpers import killed_run, tuning
 
 NUM_STEPS = 40
@@ -105,7 +106,9 @@ def test_longer_run_goes_on_from_a_shorter_one(tmp_path, whole):
 
 
 def test_checkpoints_and_callbacks_do_not_change_the_run(tmp_path, whole):
-    watched = killed_run.run(tmp_path, NUM_STEPS, callbacks=[lambda info: None, cx.Every(7, lambda info: None)])
+    watched = killed_run.run(
+        tmp_path, NUM_STEPS, callbacks=[lambda info: None, cx.Every(7, lambda info: None)]
+    )
     assert tuning.same_bits(watched, whole)
 
 
@@ -114,7 +117,9 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path, whole):
         if info.step == 10:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match=f"step 10 of 40 and saved in {tmp_path}. The same call goes on"):
+    with pytest.raises(
+        KeyboardInterrupt, match=f"step 10 of 40 and saved in {tmp_path}. The same call goes on"
+    ):
         killed_run.run(tmp_path, NUM_STEPS, callbacks=[cx.Every(10, interrupt)])
     assert tuning.same_bits(killed_run.run(tmp_path, NUM_STEPS), whole)
 
@@ -164,7 +169,9 @@ def test_state_and_checkpoint_together(tmp_path):
 
 def test_checkpoint_of_another_problem_is_refused(tmp_path):
     tuning.minimise(2, checkpoint=cx.Checkpoint(tmp_path))
-    with pytest.raises(ValueError, match=r"another problem: `inner_data` was .*\[12, 6\].*now it is .*\[10, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"another problem: `inner_data` was .*\[12, 6\].*now it is .*\[10, 6\]"
+    ):
         data = jax.tree.map(lambda x: x[:10], tuning.data()[0])
         tuning.minimise(2, inner_data=data, checkpoint=cx.Checkpoint(tmp_path))
     with pytest.raises(ValueError, match="another problem: `key` was no arrays"):

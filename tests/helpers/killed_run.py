@@ -7,11 +7,12 @@ where it stands. The end is written to RESULT as plain arrays.
 import sys
 import time
 
-import curvax as cx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import curvax as cx
 from helpers import tuning
 
 jax.config.update("jax_enable_x64", True)

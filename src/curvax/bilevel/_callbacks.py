@@ -126,7 +126,9 @@ def wants_stop(callback: Callable, answer: Any) -> bool:
     """Whether the answer of a callback asks for the end of the run."""
     if answer is None:
         return False
-    if isinstance(answer, bool | np.bool_) or (eqx.is_array(answer) and answer.shape == () and answer.dtype == bool):
+    if isinstance(answer, bool | np.bool_) or (
+        eqx.is_array(answer) and answer.shape == () and answer.dtype == bool
+    ):
         return bool(answer)
     raise TypeError(
         f"minimise: the callback {callback!r} returned {answer!r}; return True to stop the run, None or "

@@ -92,9 +92,11 @@ def describe(tree: PyTree) -> list[list]:
 
 
 def _shapes(rows: list[list]) -> str:
-    return ", ".join(f"{path or 'array'}: {dtype}{shape}" for path, dtype, shape, *_ in rows[:6]) + (
-        f", and {len(rows) - 6} more" if len(rows) > 6 else ""
-    ) or "no arrays"
+    return (
+        ", ".join(f"{path or 'array'}: {dtype}{shape}" for path, dtype, shape, *_ in rows[:6])
+        + (f", and {len(rows) - 6} more" if len(rows) > 6 else "")
+        or "no arrays"
+    )
 
 
 class Store:
@@ -136,7 +138,9 @@ class Store:
             except Exception as error:  # whatever Orbax, the file system or our own checks find
                 unreadable.append(step)
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                warnings.warn(f"The checkpoint {self.directory / str(step)} cannot be read ({reason}).", stacklevel=4)
+                warnings.warn(
+                    f"The checkpoint {self.directory / str(step)} cannot be read ({reason}).", stacklevel=4
+                )
                 continue
             self._compare(meta, like)
             self._put_aside(unreadable)
@@ -244,7 +248,9 @@ class Store:
         arrays = {k: x for k, (_, x) in named.items() if x.size}  # Orbax refuses arrays of size zero
         args = self._ocp.args
         self._manager.save(
-            number, args=args.Composite(arrays=args.StandardSave(arrays), meta=args.JsonSave(meta)), force=True
+            number,
+            args=args.Composite(arrays=args.StandardSave(arrays), meta=args.JsonSave(meta)),
+            force=True,
         )
         self._last_saved, self._last_time = number, time.monotonic()
         _log.debug("checkpoint %d to %s", number, self.directory)

@@ -32,7 +32,7 @@ class DescentState(eqx.Module):
 
 
 class HypergradientDescent(AbstractAlgorithm):
-    r"""$\varphi_{i+1} = \varphi_i + s_i\, u_i$, where $u_i$ is the optax update for the hypergradient at $\varphi_i$."""
+    r"""$\varphi_{i+1} = \varphi_i + s_i\, u_i$, with $u_i$ the optax update for the hypergradient at $\varphi_i$."""
 
     problem: Any
     inner_solver: Any
@@ -72,7 +72,9 @@ class HypergradientDescent(AbstractAlgorithm):
         before = jax.tree.map(forget, self.optimizer.init(state.phi), state.opt_state)
         optimizer = optax.with_extra_args_support(self.optimizer)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
-            update, after = optimizer.update(state.grad, before, state.phi, value=state.value, grad=state.grad)
+            update, after = optimizer.update(
+                state.grad, before, state.phi, value=state.value, grad=state.grad
+            )
             scaled = jax.tree.map(lambda u: scale.astype(u.dtype) * u, update)
             phi = optax.apply_updates(state.phi, scaled)
         is_start = jnp.isnan(state.value)

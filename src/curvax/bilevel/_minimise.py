@@ -159,7 +159,13 @@ def minimise(
     with contextlib.ExitStack() as stack:
         store, history = None, None
         if checkpoint is not None:
-            inputs = {"phi0": phi0, "theta0": theta0, "inner_data": inner_data, "outer_data": outer_data, "key": key}
+            inputs = {
+                "phi0": phi0,
+                "theta0": theta0,
+                "inner_data": inner_data,
+                "outer_data": outer_data,
+                "key": key,
+            }
             store = Store(checkpoint, inputs)
             stack.callback(store.close)
             carry, history = load(store, carry)
@@ -183,9 +189,7 @@ def minimise(
     return solution
 
 
-def _check(
-    phi0: PyTree, theta0: PyTree, optimizer: Any, num_steps: Any, key: PyTree, **data: Any
-) -> int:
+def _check(phi0: PyTree, theta0: PyTree, optimizer: Any, num_steps: Any, key: PyTree, **data: Any) -> int:
     """Refuse arguments that cannot work; the number of steps as an int."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((phi0, theta0, data, key))):
         raise ValueError(
@@ -210,7 +214,9 @@ def _check(
             raise ValueError(f"minimise: `{name}` holds NaN or infinity; start from finite numbers.")
     for name, batch in data.items():
         if callable(batch) and key is None:
-            raise ValueError(f"minimise: `{name}` is a sampler, which draws from a key; pass `key=jax.random.key(0)`.")
+            raise ValueError(
+                f"minimise: `{name}` is a sampler, which draws from a key; pass `key=jax.random.key(0)`."
+            )
     return int(num_steps)
 
 
@@ -240,7 +246,8 @@ def _explain(solution: Solution, num_steps: int, checkpoint: Checkpoint | None) 
     if len(solution.history) == 0:
         return f"minimise: the hypergradient at the start, `phi0`, failed: {reason}"
     text = (
-        f"minimise gave up after step {solution.num_steps} of {num_steps}: the next one failed even at 1/{1 / MIN_SCALE:.0f} of "
+        f"minimise gave up after step {solution.num_steps} of {num_steps}: the next one failed even at "
+        f"1/{1 / MIN_SCALE:.0f} of "
         f"its length. The last attempt: {reason} "
         f"The outer loss was {float(solution.value):.6g} at the last good point; `throw=False` returns it. "
         "If the losses blow up, take a smaller learning rate or bound the hyperparameters (exp, softplus)."

@@ -76,7 +76,9 @@ class Run:
         start = time.perf_counter()
         with deferred_interrupt():
             self.is_sound = False  # until the new carry and its rows are here
-            self.carry, buffers, num_rows = run_chunk((jnp.asarray(attempts, jnp.int32), self.constants), self.carry)
+            self.carry, buffers, num_rows = run_chunk(
+                (jnp.asarray(attempts, jnp.int32), self.constants), self.carry
+            )
             host = jax.device_get((buffers, num_rows, self.carry.finished, self.carry.num_rows))
             buffers, num_rows, finished, total = host
             self.recorder.append(buffers, int(num_rows))
