@@ -23,7 +23,9 @@ ROOMS = sorted(module.name for module in pkgutil.iter_modules(cx.__path__) if no
 
 
 def public_names(module: types.ModuleType) -> list[str]:
-    """The names that a module offers: neither private nor submodules."""
+    """The names that a module offers: its `__all__`, else what is neither private nor a submodule."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
     return sorted(
         name
         for name, value in vars(module).items()
