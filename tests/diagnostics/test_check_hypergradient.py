@@ -185,6 +185,18 @@ def test_failed_hypergradient_is_reported_not_raised(smallest):
         check(case, throw=True)
 
 
+def test_no_tight_solution_is_said_and_costs_nothing():
+    """A singular curvature with the right-hand side out of its range: there is no solution at all."""
+    case = honest(conditioned(1e1))
+    values, vectors = np.linalg.eigh(np.asarray(case.inner_data["H"]))
+    values[0] = 0.0
+    curvature = jnp.asarray((vectors * values) @ vectors.T)
+    report = check(dataclasses.replace(case, inner_data=case.inner_data | {"H": curvature}))
+    assert not report.ok and report.message and report.num_solves == 0
+    assert any("could not be solved tightly" in line for line in report.summary)
+    assert verdicts(report, "total") <= {"unclear", "not finite"}
+
+
 # --- unrolled paths ---
 
 

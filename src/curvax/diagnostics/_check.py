@@ -55,6 +55,8 @@ class _Evaluator:
 
     def resolved(self, direction: Direction) -> Curve:
         """Outer loss with θ re-solved; careful where the quick re-solve failed."""
+        if not bool(self.base.converged):  # not even at φ itself: nothing to take differences of
+            return lambda t: np.full(2, np.nan)
 
         def curve(t: float) -> np.ndarray:
             self.num_solves += 1

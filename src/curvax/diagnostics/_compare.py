@@ -111,10 +111,22 @@ def compare_rules(
 
     Example:
         ```python
-        steps = cx.Steps(optax.sgd(0.1), 200)
-        cx.diagnostics.compare_rules(
-            problem, phi, theta0, inner_solver=steps, rules={"implicit": cx.Implicit(), "unrolled": cx.Unrolled()}
+        import jax.numpy as jnp
+        import optax
+        import curvax as cx
+
+        problem = cx.Bilevel(
+            inner=lambda w, lam, _: jnp.sum((w - 1.0) ** 2) + jnp.exp(lam) * jnp.sum(w**2),
+            outer=lambda w, lam, _: jnp.sum((w - 0.3) ** 2),
         )
+        found = cx.diagnostics.compare_rules(
+            problem,
+            jnp.array(0.5),
+            jnp.zeros(3),
+            inner_solver=cx.Steps(optax.sgd(0.1), 200),
+            rules={"implicit": cx.Implicit(), "unrolled": cx.Unrolled()},
+        )
+        found.relative_error[1, 0]  # of the unrolled one against the implicit one
         ```
     """
     names = tuple(rules)
