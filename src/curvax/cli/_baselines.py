@@ -1,8 +1,9 @@
 """What the tuned model is compared with: the untuned one, a grid search, and references.
 
 All use the same inner solver, the same splits and the same measure; the grid has as many inner solves as the
-tuned run, from large penalties to small ones, each started from the one before, and chooses by the
-validation split.
+tuned run, from large penalties to small ones, and chooses by the validation split. A convex model
+starts each solve from the one before; the mlp starts anew, since a large penalty leaves it at a saddle
+point (all weights zero) from which no smaller one gets away.
 """
 
 import dataclasses
@@ -19,9 +20,9 @@ from curvax.cli._hyperparameters import START_PENALTY, Layers, Phi
 from curvax.cli._measures import measure
 from curvax.cli._model import inner, predict
 
-# Larger penalties predict the mean; smaller ones are no penalties.
-GRID_FROM, GRID_TO = 10.0, 1e-6
-_MAX_STEPS = 100_000
+# Larger penalties predict the mean; smaller ones are no penalties, and an mlp then takes all the steps there are.
+_GRID, _MLP_GRID = (10.0, 1e-6), (0.3, 1e-3)
+_MAX_STEPS, _MLP_MAX_STEPS = 100_000, 2_000
 _FOLDS = 5
 
 
@@ -37,6 +38,7 @@ class Row:
     validation: dict[str, Any] | None
     test: dict[str, Any]
     setting: str
+    theta: Layers
 
 
 def score(measures: dict[str, Any]) -> tuple[float, float]:
@@ -60,9 +62,8 @@ class Trainer:
         def objective(theta: Layers, args: tuple) -> Array:
             return inner(theta, *args)
 
-        solution = optx.minimise(
-            objective, self._solver, theta, (phi, batch), max_steps=_MAX_STEPS, throw=False
-        )
+        steps = _MAX_STEPS if len(theta) == 1 else _MLP_MAX_STEPS
+        solution = optx.minimise(objective, self._solver, theta, (phi, batch), max_steps=steps, throw=False)
         return solution.value
 
     def solve(self, theta: Layers, phi: Phi, batch: dict[str, Array]) -> Layers:
@@ -76,6 +77,11 @@ class Trainer:
     def measure(self, theta: Layers, batch: dict[str, Array]) -> dict[str, Any]:
         """Quality of a model on `batch`."""
         return measure(self.outputs(theta, batch), np.asarray(batch["y"]), self._scale)
+
+
+def grid_range(theta: Layers) -> tuple[float, float]:
+    """Largest and smallest penalty of the grid for a model."""
+    return _GRID if len(theta) == 1 else _MLP_GRID
 
 
 def _phi(penalty: float) -> Phi:
@@ -96,6 +102,7 @@ def untuned(trainer: Trainer, theta0: Layers, batches: dict[str, Any]) -> Row:
         validation=trainer.measure(theta, batches["validation"]),
         test=trainer.measure(theta, batches["test"]),
         setting=f"one L2 of {START_PENALTY:g}",
+        theta=theta,
     )
 
 
@@ -115,8 +122,8 @@ def grid(trainer: Trainer, theta0: Layers, batches: dict[str, Any], num_solves: 
     begin = time.perf_counter()
     best: tuple[tuple[float, float], float, Layers] | None = None
     theta = theta0
-    for penalty in np.geomspace(GRID_FROM, GRID_TO, num_solves):
-        theta = trainer.solve(theta, _phi(float(penalty)), batches["train"])
+    for penalty in np.geomspace(*grid_range(theta0), num_solves):
+        theta = trainer.solve(theta if len(theta) == 1 else theta0, _phi(float(penalty)), batches["train"])
         reached = score(trainer.measure(theta, batches["validation"]))
         if best is None or reached > best[0]:
             best = (reached, float(penalty), theta)
@@ -124,13 +131,14 @@ def grid(trainer: Trainer, theta0: Layers, batches: dict[str, Any], num_solves: 
     seconds = time.perf_counter() - begin
     return Row(
         key=names.get("key", "grid"),
-        label=names.get("label", "grid search over one L2"),
+        label=names.get("label", "grid search"),
         num_hyperparameters=1,
         num_solves=num_solves,
         seconds=seconds,
         validation=trainer.measure(best[2], batches["validation"]),
         test=trainer.measure(best[2], batches["test"]),
         setting=f"one L2 of {best[1]:.2g}",
+        theta=best[2],
     )
 
 
@@ -153,7 +161,7 @@ def references(
     mask = jnp.asarray(1.0 - corrupted)
     clean = {**batches, "train": {**batches["train"], "mask": mask}}
     oracle = grid(
-        trainer, theta0, clean, num_solves, key="oracle", label="wrong labels left out (cheating)"
+        trainer, theta0, clean, num_solves, key="oracle", label="wrong labels known"
     )
     return [oracle, _validation_only(trainer, theta0, batches, num_solves)]
 
@@ -163,24 +171,25 @@ def _validation_only(trainer: Trainer, theta0: Layers, batches: dict[str, Any], 
     data = batches["validation"]
     n = data["y"].shape[0]
     fold = np.arange(n) % _FOLDS
-    values = np.geomspace(GRID_FROM, GRID_TO, max(2, num_solves // 2))
+    values = np.geomspace(*grid_range(theta0), max(2, num_solves // 2))
     totals = np.zeros((len(values), 2))
     for k in range(_FOLDS):
         left_out = {name: leaf[fold == k] for name, leaf in data.items()}
         part = {**data, "mask": jnp.asarray((fold != k).astype(np.float64))}
         theta = theta0
         for i, value in enumerate(values):
-            theta = trainer.solve(theta, _phi(float(value)), part)
+            theta = trainer.solve(theta if len(theta) == 1 else theta0, _phi(float(value)), part)
             totals[i] += score(trainer.measure(theta, left_out))
     value = float(max(zip(map(tuple, totals), values, strict=True))[1])
     theta = trainer.solve(theta0, _phi(value), data)
     return Row(
         key="validation-only",
-        label="trained on the validation split alone",
+        label="validation only",
         num_hyperparameters=1,
         num_solves=_FOLDS * len(values) + 1,
         seconds=time.perf_counter() - begin,
         validation=None,
         test=trainer.measure(theta, batches["test"]),
         setting=f"one L2 of {value:.2g}",
+        theta=theta,
     )

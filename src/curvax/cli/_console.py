@@ -1,6 +1,5 @@
 """What a run says in the terminal: one heading, one table, a few lines."""
 
-import sys
 from typing import Any
 
 from rich import box
@@ -26,8 +25,7 @@ class Voice:
     def show(self, table: Table) -> None:
         """Print a table."""
         if self._console is not None:
-            width = max(self._console.width, 100) if not sys.stdout.isatty() else self._console.width
-            self._console.print(table, width=width)
+            self._console.print(table)
 
 
 def quality(measures: dict[str, Any] | None) -> str:
@@ -55,7 +53,8 @@ def heading(plan: dict[str, Any]) -> str:
     wrong = "" if data["wrong_labels"] is None else f" ({data['wrong_labels']:,} labels made wrong)"
     return (
         f"{printable(data['name'])}: {data['train']:,} training{wrong}, {data['validation']:,} validation, "
-        f"{data['test']:,} test examples; {plan['model']['name']}, {sizes[0]:,} inputs"
+        f"{data['test']:,} test examples; {plan['model']['name']} on {sizes[0]:,} inputs; "
+        f"tuned: {', '.join(plan['groups'])}"
     )
 
 
@@ -68,11 +67,11 @@ def table(result: dict[str, Any]) -> Table:
     Returns:
         A rich table.
     """
-    name = quality_name(result)
+    name = "accuracy" if result["data"]["task"] == "classification" else "RMSE"
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("")
-    for title in ("hyperparameters", "inner solves", f"validation {name}", f"test {name}", "time"):
-        shown.add_column(title, justify="right")
+    shown.add_column("", no_wrap=True)
+    for title in ("hyper-\nparameters", "inner\nsolves", f"validation\n{name}", f"test\n{name}", "\ntime"):
+        shown.add_column(title, justify="right", no_wrap=True)
     groups = [(result["methods"], ""), (result["references"], "dim")]
     for rows, style in groups:
         for row in rows:
@@ -90,23 +89,48 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
+def reference_line(result: dict[str, Any]) -> str | None:
+    """What the last rows of the table are."""
+    if not result["references"]:
+        return None
+    return (
+        "The last two rows are no competitors: 'wrong labels known' trains without the wrong labels, 'validation only' "
+        "trains on the validation split instead of the training split."
+    )
+
+
+def comparison_line(result: dict[str, Any]) -> str | None:
+    """The tuned model and that of the grid search, test example by test example."""
+    pairs = result["tuned_against_grid"]
+    if pairs is None:
+        return None
+    return (
+        f"Of {result['data']['test']:,} test examples, {pairs['better']:,} are right by the tuned model and wrong by the grid "
+        f"search, {pairs['worse']:,} the other way round."
+    )
+
+
+def noise_line(result: dict[str, Any]) -> str:
+    """How well the weights find the wrong labels."""
+    noise = result["label_noise"]
+    return (
+        f"The learned weights find the wrong labels with AUC {noise['auc']:.3f}: of the {noise['wrong_labels']:,} "
+        f"lowest weights {noise['found_among_as_many']:,} belong to wrong labels."
+    )
+
+
 def findings(result: dict[str, Any]) -> list[str]:
     """The lines below the table."""
-    lines = []
     hypergradient = result["hypergradient"]
+    error = None
     if hypergradient["relative_error_median"] is not None:
-        lines.append(
+        error = (
             "Relative error of the hypergradients, as estimated: median "
             f"{hypergradient['relative_error_median']:.1e}, largest {hypergradient['relative_error_largest']:.1e}."
         )
-    noise = result["label_noise"]
-    if noise is not None:
-        lines.append(
-            f"The learned weights find the wrong labels with AUC {noise['auc']:.3f}: of the {noise['wrong_labels']:,} "
-            f"lowest weights {noise['found_among_as_many']:,} belong to wrong labels."
-        )
-    lines += overfitting(result)
-    return lines
+    noise = None if result["label_noise"] is None else noise_line(result)
+    lines = [comparison_line(result), noise, error, reference_line(result), *overfitting(result)]
+    return [line for line in lines if line is not None]
 
 
 def overfitting(result: dict[str, Any]) -> list[str]:

@@ -20,7 +20,6 @@ _STYLE: dict[str, Any] = {
     "font.size": 9.5,
     "font.family": "sans-serif",
     "text.color": INK,
-    "text.parse_math": False,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.titlesize": 10.5,
@@ -65,7 +64,9 @@ def draw(outcome: Outcome, result: dict[str, Any]) -> dict[str, bytes]:
             _gallery(figure, examples, outcome, 4, 8)
             pictures["lowest_weights"] = _png(figure)
         if by_input is not None:
-            pictures["penalties"] = _png(_penalties(outcome, by_input))
+            # The only picture with text from a user's file: `$` in a name is no formula.
+            with matplotlib.rc_context({"text.parse_math": False}):
+                pictures["penalties"] = _png(_penalties(outcome, by_input))
         if weights is not None and shape is not None:
             pictures["overview"] = _png(_overview(outcome, result, weights))
     return pictures
@@ -136,6 +137,9 @@ def _gallery(figure: Any, examples: list[dict[str, Any]], outcome: Outcome, rows
     data = outcome.plan.data
     panels = figure.subplots(rows, columns).ravel()
     for axes in panels:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color=LINE)
+    for axes in panels[len(examples) :]:
         axes.set_axis_off()
     for axes, example in zip(panels, examples, strict=False):
         image = data.x[data.train[example["index"]]].reshape(data.image_shape)
@@ -204,8 +208,6 @@ def _overview(outcome: Outcome, result: dict[str, Any], weights: np.ndarray) -> 
     bars.tick_params(length=0)
     bars.set_title("Test error")
     _histogram(histogram, weights, outcome.plan.data.corrupted)
-    right.suptitle(
-        "Lowest weights: label as given → as the tuned model reads it", fontsize=10.5, fontweight="bold"
-    )
+    right.suptitle("Lowest weights: label given → label read", fontsize=10.5, fontweight="bold")
     _gallery(right, result["lowest_weights"], outcome, 4, 6)
     return figure

@@ -39,6 +39,23 @@ def measure(outputs: np.ndarray, y: np.ndarray, scale: float) -> dict[str, Any]:
     }
 
 
+def compare(first: np.ndarray, second: np.ndarray, y: np.ndarray) -> dict[str, int] | None:
+    """Test examples on which exactly one of two classifiers is right.
+
+    Args:
+        first: (n, classes) scores.
+        second: (n, classes) scores.
+        y: (n,) class numbers, or values.
+
+    Returns:
+        `better`: the first alone is right; `worse`: the second alone. None for values.
+    """
+    if not np.issubdtype(y.dtype, np.integer):
+        return None
+    right, other = first.argmax(axis=1) == y, second.argmax(axis=1) == y
+    return {"better": int(np.sum(right & ~other)), "worse": int(np.sum(other & ~right))}
+
+
 def auc(scores: np.ndarray, positive: np.ndarray) -> float | None:
     """Probability that a positive has a higher score than a negative; ties count half.
 

@@ -5,7 +5,17 @@ import html
 import shlex
 from typing import Any
 
-from curvax.cli._console import findings, heading, overfitting, quality, quality_name, seconds
+from curvax.cli._baselines import grid_range
+from curvax.cli._console import (
+    comparison_line,
+    heading,
+    noise_line,
+    overfitting,
+    quality,
+    quality_name,
+    reference_line,
+    seconds,
+)
 from curvax.cli._errors import printable
 from curvax.cli._options import Options
 from curvax.cli._result import Outcome
@@ -136,11 +146,11 @@ def _comparison(result: dict[str, Any]) -> str:
     )
     note = (
         '<p class="note">± is one standard error of the test (or validation) split. The validation column is what '
-        "each method chose by; only the test column is a fair comparison."
+        "each method chose by; only the test column is a fair comparison. Times include compilation.</p>"
     )
-    if result["references"]:
-        note += " In grey: what could be had with knowledge or labels that the three methods do not use."
-    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>{note}</p>'
+    said = [line for line in (comparison_line(result), reference_line(result)) if line]
+    below = "".join(f"<p>{_text(line, 400)}</p>" for line in said)
+    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>{note}{below}'
 
 
 def _picture(pictures: dict[str, bytes], name: str, title: str = "") -> str:
@@ -158,9 +168,10 @@ def _picture(pictures: dict[str, bytes], name: str, title: str = "") -> str:
 def _weights(result: dict[str, Any], pictures: dict[str, bytes]) -> str:
     if not result["lowest_weights"]:
         return ""
-    lines = [line for line in findings(result) if "wrong labels" in line]
-    intro = "".join(f"<p>{_text(line, 400)}</p>" for line in lines)
-    parts = ["<h2>The learned weights</h2>", intro, _picture(pictures, "weights")]
+    parts = ["<h2>The learned weights</h2>"]
+    if result["label_noise"] is not None:
+        parts.append(f"<p>{_text(noise_line(result), 400)}</p>")
+    parts.append(_picture(pictures, "weights"))
     if "lowest_weights" in pictures:
         return "".join([*parts, _picture(pictures, "lowest_weights")])
     rows = []
@@ -179,6 +190,7 @@ def _weights(result: dict[str, Any], pictures: dict[str, bytes]) -> str:
 
 def _method(outcome: Outcome, result: dict[str, Any]) -> str:
     data, hypergradient, steps = result["data"], result["hypergradient"], result["steps"]
+    largest, smallest = grid_range(outcome.theta)
     items = [
         f"Three splits with the same mixture of targets, drawn with seed {result['seed']}: {data['train']:,} training, "
         f"{data['validation']:,} validation and {data['test']:,} test rows. Nothing is chosen by the test split.",
@@ -190,8 +202,8 @@ def _method(outcome: Outcome, result: dict[str, Any]) -> str:
         "with the curvature of the training loss in all.",
         f"The number of steps was fixed beforehand: {result['hyperparameters']['total']:,} hyperparameters can fit "
         f"{data['validation']:,} validation rows too closely, and stopping early is what keeps them from it.",
-        f"The grid search had {steps + 1:,} inner solves, as many as the tuned run, over penalties from 10 to 1e-6, each "
-        "started from the one before, and kept the best on the validation split.",
+        f"The grid search had {steps + 1:,} inner solves, as many as the tuned run, over penalties from {largest:g} to "
+        f"{smallest:g}, and kept the best on the validation split.",
     ]
     if data["wrong_labels"] is not None:
         items.append(

@@ -21,7 +21,9 @@ class Outcome:
 
     Attributes:
         plan: What was done.
-        rows: The compared methods, "tuned" last, then references.
+        rows: The compared methods: untuned, grid, tuned.
+        references: Rows that are no competitors.
+        against_grid: Test examples on which only one of tuned and grid is right.
         phi: Tuned hyperparameters.
         theta: The model trained with them.
         outputs: Its outputs on the training examples.
@@ -32,6 +34,7 @@ class Outcome:
     plan: Plan
     rows: list[Row]
     references: list[Row]
+    against_grid: dict[str, int] | None
     phi: Phi
     theta: Layers
     outputs: np.ndarray
@@ -130,6 +133,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "hyperparameters": {**counts, "total": sum(counts.values())},
         "methods": [_row(row) for row in outcome.rows],
         "references": [_row(row) for row in outcome.references],
+        "tuned_against_grid": outcome.against_grid,
         "hypergradient": {
             "relative_error_median": _finite(np.median(errors)) if errors.size else None,
             "relative_error_largest": _finite(errors.max()) if errors.size else None,

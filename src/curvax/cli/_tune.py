@@ -14,10 +14,12 @@ import curvax as cx
 from curvax.cli import _baselines, _console, _folder, _model, _plan, _result
 from curvax.cli import _hyperparameters as hyper
 from curvax.cli._errors import TuningError, UsageError, quoted
+from curvax.cli._measures import compare
 from curvax.cli._options import Options
 
-# Loose, since the rule's own correction sweeps take over from there; the final model is trained with it too.
-TOLERANCE = 1e-4
+# Loose for the convex models, since the rule's own correction sweeps take over from there. The loss of an mlp is
+# flat in many directions: a loose solve stops where its curvature is not yet that of a minimum.
+TOLERANCE, MLP_TOLERANCE = 1e-4, 1e-7
 # Relative accuracy asked of the hypergradient.
 ACCURACY = 1e-2
 
@@ -74,7 +76,8 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
     """Baselines, tuning, final training."""
     options, batches = plan.options, plan.batches()
     theta0 = _model.init(plan.sizes, options.seed)
-    solver: Any = optx.LBFGS(rtol=TOLERANCE, atol=TOLERANCE)
+    tolerance = MLP_TOLERANCE if plan.model == "mlp" else TOLERANCE
+    solver: Any = optx.LBFGS(rtol=tolerance, atol=tolerance)
     trainer = _baselines.Trainer(solver, plan.scale)
     num_solves = options.steps + 1  # as many as the tuned run makes
     rows = [
@@ -110,18 +113,30 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
     rows.append(
         _baselines.Row(
             key="tuned",
-            label=f"tuned by hypergradient: {', '.join(plan.groups)}",
+            label="tuned",
             num_hyperparameters=total,
             num_solves=num_solves,
             seconds=seconds,
             validation=trainer.measure(solution.theta, batches["validation"]),
             test=trainer.measure(solution.theta, batches["test"]),
             setting=", ".join(plan.groups),
+            theta=solution.theta,
         )
     )
     history = {f.name: np.asarray(getattr(solution.history, f.name)) for f in dataclasses.fields(solution.history)}
-    outputs = trainer.outputs(solution.theta, batches["train"])
-    return _result.Outcome(plan, rows, references, solution.phi, solution.theta, outputs, history, resumed)
+    test = batches["test"]
+    pairs = compare(trainer.outputs(solution.theta, test), trainer.outputs(rows[1].theta, test), np.asarray(test["y"]))
+    return _result.Outcome(
+        plan=plan,
+        rows=rows,
+        references=references,
+        against_grid=pairs,
+        phi=solution.phi,
+        theta=solution.theta,
+        outputs=trainer.outputs(solution.theta, batches["train"]),
+        history=history,
+        resumed=resumed,
+    )
 
 
 def _write(folder: pathlib.Path, outcome: _result.Outcome, result: dict[str, Any]) -> None:
