@@ -15,11 +15,19 @@ from curvax._pytree import (
     tree_all_finite,
     tree_axpy,
     tree_dtype,
+    tree_norm,
     tree_size,
     tree_zeros_like,
 )
 from curvax.implicit._condition import Linearised
-from curvax.linear._cg_core import conjugate_gradient, default_max_steps
+from curvax.linear._cg_core import (
+    INDEFINITE,
+    NONFINITE,
+    RUNNING,
+    SINGULAR,
+    conjugate_gradient,
+    default_max_steps,
+)
 
 DENSE_SIZE = 32
 
@@ -35,6 +43,7 @@ class StageInfo(NamedTuple):
     curvature_min: Float[Array, ""]
     curvature_max: Float[Array, ""]
     condition: Float[Array, ""]
+    solution_norm: Float[Array, ""]
     singular: Bool[Array, ""]
     indefinite: Bool[Array, ""]
     exhausted: Bool[Array, ""]
@@ -96,20 +105,20 @@ class ConjugateGradientStage(AbstractStage):
             curvature_min=request.curvature_min,
             amplified=request.amplified,
         )
-        preconditioned = operator is not None
-        lowest = info.rayleigh if preconditioned else info.curvature_min
-        highest = info.norm if preconditioned else info.curvature_max
+        # With a preconditioner the Ritz values are those of M⁻¹A, and A itself is known by its Rayleigh quotients.
+        highest = info.curvature_max if operator is None else info.norm
         wanted = request.wanted
         return x, StageInfo(
             num_matvecs=info.num_matvecs,
             ritz_min=info.curvature_min,
-            curvature_min=lowest,
+            curvature_min=info.rayleigh,
             curvature_max=highest,
-            condition=jnp.where(info.num_matvecs > 0, highest / lowest, 0),
-            singular=wanted & info.singular,
-            indefinite=wanted & info.indefinite,
-            exhausted=wanted & ~info.converged & ~info.singular & ~info.indefinite & ~info.nonfinite,
-            nonfinite=wanted & info.nonfinite,
+            condition=jnp.where(info.num_matvecs > 0, highest / info.rayleigh, 0),
+            solution_norm=info.solution_norm,
+            singular=wanted & (info.status == SINGULAR),
+            indefinite=wanted & (info.status == INDEFINITE),
+            exhausted=wanted & (info.status == RUNNING),
+            nonfinite=wanted & (info.status == NONFINITE),
         )
 
 
@@ -161,6 +170,7 @@ class DenseStage(AbstractStage):
             curvature_min=jnp.min(values),
             curvature_max=jnp.max(values),
             condition=largest / jnp.where(smallest > 0, smallest, jnp.finfo(dtype).tiny),
+            solution_norm=tree_norm(x),
             singular=wanted & singular & finite,
             indefinite=wanted & indefinite & ~singular & finite,
             exhausted=jnp.asarray(False),
@@ -218,6 +228,7 @@ class LineaxStage(AbstractStage):
             curvature_min=jnp.asarray(jnp.inf, dtype),
             curvature_max=jnp.zeros((), dtype),
             condition=jnp.ones((), dtype),
+            solution_norm=tree_norm(x),
             singular=request.wanted & flags[0] & tree_all_finite(request.rhs),
             indefinite=jnp.asarray(False),
             exhausted=request.wanted & flags[1],

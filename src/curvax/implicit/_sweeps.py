@@ -29,7 +29,6 @@ from curvax._pytree import (
     tree_generic_like,
     tree_gram,
     tree_neg,
-    tree_norm,
     tree_sub,
     tree_where,
     tree_zeros_like,
@@ -66,6 +65,8 @@ class _Kept(NamedTuple):
     value: Scalar
     grad: PyTree[Array]
     theta: PyTree[Array]
+    norm: Scalar  # ‖grad‖
+    vanishes: Bool[Array, " leaves"]  # leaves of grad that are exactly zero
     inner_residual: Scalar
     adjoint_residual: Scalar
     estimate: Scalar
@@ -100,7 +101,7 @@ class _Carry(NamedTuple):
     rtol: Scalar  # forward error of the next correction
     counts: _Counts
     curvature: _Curvature
-    no_influence: list[Array]  # a boolean a leaf of φ
+    no_influence: Bool[Array, " leaves"]
     pending: RESULTS  # failure that ends the run at the next judgement
     result: RESULTS
 
@@ -111,12 +112,10 @@ class _Evaluation(NamedTuple):
     at: Linearised
     current: _Kept
     adjoint_residual: PyTree[Array]
+    theta_norm: Scalar
     change: Scalar
     cross: Scalar  # ‖Bᵀq‖
-    kept: Scalar  # ‖grad‖ of the pair that is kept
-    grad_vanishes: list[Array]  # a boolean a leaf of φ: `current` and the kept one
-    kept_vanishes: list[Array]
-    cross_vanishes: list[Array]
+    cross_vanishes: Bool[Array, " leaves"]
     finite: Bool[Array, ""]
 
 
@@ -140,24 +139,31 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
         theta, task.phi, task.outer_batch
     )
     grad, adjoint_residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
-    residuals: Any = sum(tree_gram(at.residual, adjoint_residual))
-    by_leaf = tree_gram(tree_sub(grad, kept.grad), kept.grad, cross, grad)
-    change, kept_norm, cross_norm, grad_norm = (
-        jnp.sqrt(sum(gram[i, i] for gram in by_leaf)) for i in range(4)
-    )
-    inner_norm, adjoint_norm = jnp.sqrt(residuals[0, 0]), jnp.sqrt(residuals[1, 1])
+    residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta))
+    by_leaf = jnp.stack(tree_gram(tree_sub(grad, kept.grad), cross, grad))
+    inner_norm, adjoint_norm, theta_norm = (jnp.sqrt(residuals[i, i]) for i in range(3))
+    change, cross_norm, grad_norm = (jnp.sqrt(jnp.sum(by_leaf[:, i, i])) for i in range(3))
     value = value.astype(inner_norm.dtype)
-    empty = [leaf.size == 0 for leaf in jax.tree.leaves(grad)]
+    # A leaf without elements has no influence to lose.
+    filled = jnp.asarray([leaf.size > 0 for leaf in jax.tree.leaves(grad)])
+    current = _Kept(
+        value=value,
+        grad=grad,
+        theta=theta,
+        norm=grad_norm,
+        vanishes=(by_leaf[:, 2, 2] == 0) & filled,
+        inner_residual=inner_norm,
+        adjoint_residual=adjoint_norm,
+        estimate=jnp.full_like(value, jnp.inf),
+    )
     return _Evaluation(
         at=at,
-        current=_Kept(value, grad, theta, inner_norm, adjoint_norm, jnp.full_like(value, jnp.inf)),
+        current=current,
         adjoint_residual=adjoint_residual,
+        theta_norm=theta_norm,
         change=change,
         cross=cross_norm,
-        kept=kept_norm,
-        grad_vanishes=[(gram[3, 3] == 0) & (not none) for gram, none in zip(by_leaf, empty, strict=True)],
-        kept_vanishes=[(gram[1, 1] == 0) & (not none) for gram, none in zip(by_leaf, empty, strict=True)],
-        cross_vanishes=[gram[2, 2] == 0 for gram in by_leaf],
+        cross_vanishes=by_leaf[:, 1, 1] == 0,
         finite=jnp.isfinite(value + inner_norm + adjoint_norm + grad_norm),
     )
 
@@ -182,9 +188,9 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     swept = judged & (c.sweeps >= 0)
     sweeps = c.sweeps + judged.astype(jnp.int32)
     warm = c.source == WARM
-    rounding = jnp.finfo(found.kept.dtype).eps * c.curvature.condition * found.cross
-    estimate = _estimate(stage, found.change, c.change, found.kept, rounding)
-    request = accuracy.atol + accuracy.rtol * found.kept
+    rounding = jnp.finfo(found.cross.dtype).eps * c.curvature.condition * found.cross
+    estimate = _estimate(stage, found.change, c.change, c.kept.norm, rounding)
+    request = accuracy.atol + accuracy.rtol * c.kept.norm
     met = swept & (estimate <= request)
     least = 1 if stage.knows_its_error else 2
     limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
@@ -215,10 +221,6 @@ def _why_solve_failed(info: StageInfo) -> RESULTS:
     )
 
 
-def _any(flags: list[Array]) -> Bool[Array, ""]:
-    return jnp.any(jnp.stack(flags)) if flags else jnp.asarray(False)
-
-
 def _integer(value: int) -> Int[Array, ""]:
     return jnp.asarray(value, jnp.int32)
 
@@ -227,7 +229,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     """Hypergradient by implicit differentiation, judged by sweeps; see the head of this file."""
     dtype = tree_dtype((task.theta0, task.phi))
     inf, nan = jnp.asarray(jnp.inf, dtype), jnp.asarray(jnp.nan, dtype)
-    no, zero = jnp.asarray(False), jnp.zeros((), dtype)
+    zero, untouched = jnp.zeros((), dtype), jnp.zeros(len(jax.tree.leaves(task.phi)), bool)
     zero_theta = tree_zeros_like(task.theta0)
     probe = tree_generic_like(task.theta0)
     start_theta = tree_where(state.warm, state.theta, task.theta0)
@@ -237,9 +239,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     # A first correction has to win more than a digit when much accuracy is wanted.
     first_rtol = jnp.clip(jnp.sqrt(accuracy.rtol), 1e-3, CORRECTION_RTOL).astype(dtype)
     after_inner = POLISH if accuracy.estimated and accuracy.max_sweeps > 1 else FIRST
-    nothing = _Kept(
-        nan, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi), start_theta, nan, nan, inf
-    )
+    nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi)
+    nothing = _Kept(nan, nowhere, start_theta, nan, untouched, nan, nan, inf)
     init = _Carry(
         theta=start_theta,
         adjoint=tree_where(state.warm, state.adjoint, zero_theta),
@@ -254,7 +255,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         rtol=first_rtol,
         counts=_Counts(_integer(0), _integer(0), _integer(0)),
         curvature=_Curvature(jnp.where(state.warm, state.curvature_min.astype(dtype), inf), inf, -inf, zero),
-        no_influence=[no for _ in jax.tree.leaves(task.phi)],
+        no_influence=untouched,
         pending=RESULTS.successful,
         result=RESULTS.successful,
     )
@@ -295,16 +296,10 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         probing = c.phase == PROBE
         found = _evaluate(task, theta, tree_where(probing, probe, c.adjoint), c.kept)
         verdict = _judge(c, found, stage, accuracy)
-        vanishes = [
-            jnp.where(verdict.takes_current, new, old)
-            for new, old in zip(found.grad_vanishes, found.kept_vanishes, strict=True)
-        ]
-        no_influence = [
-            jnp.where(probing, zero_leaf & zero_cross, was)
-            for zero_leaf, zero_cross, was in zip(vanishes, found.cross_vanishes, c.no_influence, strict=True)
-        ]
+        vanishes = jnp.where(verdict.takes_current, found.current.vanishes, c.kept.vanishes)
+        no_influence = jnp.where(probing, vanishes & found.cross_vanishes, c.no_influence)
         # A leaf of the hypergradient that is exactly zero: is it unused? One more turn finds out.
-        start_probe = verdict.accepted & _any(vanishes)
+        start_probe = verdict.accepted & jnp.any(vanishes)
         wanted = ~verdict.accepted & ~probing & ~verdict.failed
         x, info, rtol = solve(c, found, verdict, wanted)
 
@@ -319,10 +314,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
 
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
-        new_theta = tree_add(theta, x)
-        lengths: Any = sum(tree_gram(x, new_theta))
-        step, size = jnp.sqrt(lengths[0, 0]), jnp.sqrt(lengths[1, 1])
-        ratio = jnp.where(jnp.isfinite(c.step), (step / c.step) ** 2, step / size)
+        step, size = info.solution_norm, found.theta_norm
+        ratio = jnp.where(jnp.isfinite(c.step), (step / c.step) ** 2, step / jnp.maximum(size, step))
         expected, goal = step * jnp.maximum(rtol, ratio), POLISH_TARGET * accuracy.rtol * size
         polish_limit = jnp.where(c.source == WARM, WARM_SWEEPS, accuracy.max_sweeps - 1)
         polish_more = (expected > goal) & (c.polished + 1 < polish_limit)
@@ -338,7 +331,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         result = RESULTS.where(
             wrong & ~retry,
             RESULTS.where(verdict.failed, verdict.why, _why_solve_failed(info)),
-            RESULTS.where(probing & _any(no_influence), RESULTS.no_influence, RESULTS.successful),
+            RESULTS.where(probing & jnp.any(no_influence), RESULTS.no_influence, RESULTS.successful),
         )
         believed = jnp.asarray(accuracy.estimated) | (inner_result == RESULTS.successful)
         pending = RESULTS.where(believed, c.pending, inner_result)
@@ -350,7 +343,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         old_adjoint = tree_where(retry & ~usable, zero_theta, c.adjoint)
         seen = wanted & (info.num_matvecs > 0)
         return _Carry(
-            theta=tree_where(retry, start_theta, tree_where(moved & solve_theta, new_theta, theta)),
+            theta=tree_where(retry, start_theta, tree_where(moved & solve_theta, tree_add(theta, x), theta)),
             adjoint=tree_where(moved & ~solve_theta & ~retry, tree_add(c.adjoint, x), old_adjoint),
             kept=tree_where(retry, nothing, kept),
             phase=following.astype(jnp.int32),
@@ -399,7 +392,7 @@ def _outcome(task: Task, state: State, end: _Carry, accuracy: Accuracy) -> Outco
         inner_residual=kept.inner_residual,
         adjoint_residual=kept.adjoint_residual,
         error_estimate=estimate,
-        relative_error=estimate / tree_norm(kept.grad),
+        relative_error=estimate / kept.norm,
         num_matvecs=end.counts.matvecs,
         num_sweeps=end.counts.sweeps,
         num_inner_steps=end.counts.inner_steps,
@@ -413,5 +406,5 @@ def _outcome(task: Task, state: State, end: _Carry, accuracy: Accuracy) -> Outco
         warm=usable,
         key=state.key,
     )
-    no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), end.no_influence)
+    no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), list(end.no_influence))
     return Outcome(kept.value, kept.grad, kept.theta, end.result, stats, new_state, no_influence)

@@ -8,7 +8,15 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from curvax._pytree import stop_gradient, tree_neg, tree_size, tree_sub, tree_zeros_like
-from curvax.linear._cg_core import conjugate_gradient, default_max_steps, negated
+from curvax.linear._cg_core import (
+    INDEFINITE,
+    NONFINITE,
+    PRECISION_LIMITED,
+    SINGULAR,
+    conjugate_gradient,
+    default_max_steps,
+    negated,
+)
 
 _State: TypeAlias = tuple[lx.AbstractLinearOperator, bool]
 
@@ -109,17 +117,18 @@ class CG(lx.AbstractLinearSolver[_State]):
         if start is not None:
             solution = eqx.apply_updates(start, solution)
         result = lx.RESULTS.where(info.converged, lx.RESULTS.successful, lx.RESULTS.max_steps_reached)
-        result = lx.RESULTS.where(info.indefinite, lx.RESULTS.breakdown, result)
-        result = lx.RESULTS.where(info.singular | info.nonfinite, lx.RESULTS.singular, result)
+        singular, indefinite = info.status == SINGULAR, info.status == INDEFINITE
+        result = lx.RESULTS.where(indefinite, lx.RESULTS.breakdown, result)
+        result = lx.RESULTS.where(singular | (info.status == NONFINITE), lx.RESULTS.singular, result)
         stats = {
             "num_steps": info.num_matvecs,
             "max_steps": self.max_steps,
             "residual_norm": info.residual_norm,
             "curvature_min": info.curvature_min,
             "curvature_max": info.curvature_max,
-            "indefinite": info.indefinite,
-            "singular": info.singular,
-            "precision_limited": info.precision_limited,
+            "indefinite": indefinite,
+            "singular": singular,
+            "precision_limited": info.status == PRECISION_LIMITED,
         }
         return solution, result, stats
 

@@ -29,70 +29,78 @@ from curvax._pytree import (
 MatVec = Callable[[PyTree[Array]], PyTree[Array]]
 
 
+# How a run stands. Everything above RUNNING stops the loop.
+RUNNING, CONVERGED, PRECISION_LIMITED, SINGULAR, INDEFINITE, NONFINITE = range(6)
+
+
 class CGInfo(NamedTuple):
     """What one run of conjugate gradients learnt. All fields are scalars.
 
-    `curvature_min` and `curvature_max` are the extreme Ritz values of the operator, or of the
-    preconditioned operator where there is a preconditioner; `norm` is the largest ‖Ap‖/‖p‖ and
-    `rayleigh` the smallest pᵀAp/pᵀp that was seen, both of the operator itself.
+    `curvature_min` and `curvature_max` are estimates of the extreme eigenvalues of the operator, or of the
+    preconditioned operator where there is a preconditioner; `norm` is the largest ‖Ap‖/‖p‖ and `rayleigh` the smallest
+    pᵀAp/pᵀp that was seen, both of the operator itself. `status` is one of the codes above; RUNNING means that
+    the budget was spent.
     """
 
     num_matvecs: Int[Array, ""]
     residual_norm: Float[Array, ""]
+    solution_norm: Float[Array, ""]
     curvature_min: Float[Array, ""]
     curvature_max: Float[Array, ""]
     norm: Float[Array, ""]
     rayleigh: Float[Array, ""]
-    converged: Bool[Array, ""]
-    singular: Bool[Array, ""]
-    indefinite: Bool[Array, ""]
-    precision_limited: Bool[Array, ""]
-    nonfinite: Bool[Array, ""]
+    status: Int[Array, ""]
+
+    @property
+    def converged(self) -> Bool[Array, ""]:
+        """Solved, as far as the precision allows."""
+        return (self.status == CONVERGED) | (self.status == PRECISION_LIMITED)
 
 
 class _Ritz(NamedTuple):
     """Incremental estimates of the extreme eigenvalues of the Lanczos matrix T = LLᵀ.
 
-    L is the bidiagonal Cholesky factor that CG's coefficients spell out: diagonal ν = 1/√α,
-    subdiagonal ℓ = √(β/α₋). `low` estimates ‖L⁻¹‖² = 1/λmin, `high` estimates ‖L‖² = λmax: each is
-    the top eigenvalue of a 2×2 matrix a step (after Meurant & Tichý, "Approximating the extreme Ritz
-    values and upper bounds for the A-norm of the error in CG", 2018, derived anew for both ends).
+    L is the bidiagonal Cholesky factor that CG's coefficients spell out: diagonal ν = 1/√α, subdiagonal
+    ℓ = √(β/α₋). `low` estimates ‖L⁻¹‖² = 1/λmin: the top eigenvalue of a 2×2 matrix a step (after Meurant & Tichý,
+    "Approximating the extreme Ritz values and upper bounds for the A-norm of the error in CG", 2018, derived anew
+    for the lower end). `high` is the largest row of T seen, diagonal plus one off-diagonal entry: within
+    a factor of 2 of λmax.
     """
 
     low: Scalar  # ‖uᵀL⁻¹‖² for the current best unit vector u
     overlap: Scalar  # uᵀ L⁻¹ L⁻ᵀ e_k
     last_row: Scalar  # ‖e_kᵀ L⁻¹‖²
-    high: Scalar  # ‖zᵀL‖² for the current best unit vector z
-    last_z: Scalar  # z_k
-    last_nu: Scalar  # ν of the last step
+    high: Scalar
     inverse_alpha: Scalar  # 1/α of the last step
+
+
+class _Metric(NamedTuple):
+    """What a preconditioner adds to the loop."""
+
+    z: PyTree[Array]  # M⁻¹ r
+    metric_p: PyTree[Array]  # M p
+    metric_x: PyTree[Array]  # M x
+    rayleigh: Scalar
 
 
 class _Loop(NamedTuple):
     x: PyTree[Array]
     r: PyTree[Array]
-    z: PyTree[Array]  # preconditioned residual; None without a preconditioner
     p: PyTree[Array]
-    metric_p: PyTree[Array]  # M p, None without a preconditioner
-    metric_x: PyTree[Array]  # M x, None without a preconditioner
-    gamma: Scalar
+    metric: _Metric | None
+    gamma: Scalar  # rᵀ M⁻¹ r
     beta: Scalar
-    residual_norm: Scalar
     deviation: Scalar  # estimate of ‖(b − Ax) − r‖, the drift of the recursive residual
     ritz: _Ritz
     norm: Scalar
-    rayleigh: Scalar
+    x_norm: Scalar
     num_matvecs: Int[Array, ""]
     replace: Bool[Array, ""]
-    converged: Bool[Array, ""]
-    singular: Bool[Array, ""]
-    indefinite: Bool[Array, ""]
-    precision_limited: Bool[Array, ""]
-    nonfinite: Bool[Array, ""]
+    status: Int[Array, ""]
 
 
 def _top_eigenpair(a: Array, b: Array, d: Array) -> tuple[Array, Array, Array]:
-    """Largest eigenvalue of [[a, b], [b, d]] and its unit eigenvector (s, c), elementwise."""
+    """Largest eigenvalue of [[a, b], [b, d]] and its unit eigenvector (s, c)."""
     half = 0.5 * (a - d)
     radius = jnp.sqrt(half * half + b * b)
     top = 0.5 * (a + d) + radius
@@ -101,32 +109,16 @@ def _top_eigenpair(a: Array, b: Array, d: Array) -> tuple[Array, Array, Array]:
     c = jnp.where(a >= d, b, radius - half)
     length = jnp.sqrt(s * s + c * c)
     safe = jnp.where(length > 0, length, 1)
-    return top, jnp.where(length > 0, s / safe, 1.0), jnp.where(length > 0, c / safe, 0.0)
+    return top, jnp.where(length > 0, s / safe, 1.0), c / safe
 
 
 def _update_ritz(ritz: _Ritz, alpha: Scalar, beta: Scalar) -> _Ritz:
-    inverse_alpha = 1 / alpha
-    nu = jnp.sqrt(inverse_alpha)
-    ell = jnp.sqrt(beta * ritz.inverse_alpha)
-    ratio = ell / nu
-    tau = -ratio * ritz.overlap
-    omega = ratio * ratio * ritz.last_row + alpha
-    coupling = ell * ritz.last_nu * ritz.last_z
-    new_diagonal = ell * ell + inverse_alpha
-    top, s, c = _top_eigenpair(
-        jnp.stack([ritz.low, ritz.high]),
-        jnp.stack([tau, coupling]),
-        jnp.stack([omega, new_diagonal]),
-    )
-    return _Ritz(
-        low=top[0],
-        overlap=s[0] * tau + c[0] * omega,
-        last_row=omega,
-        high=top[1],
-        last_z=c[1],
-        last_nu=nu,
-        inverse_alpha=inverse_alpha,
-    )
+    ratio_squared = beta * ritz.inverse_alpha * alpha  # (ℓ/ν)²
+    tau = -jnp.sqrt(ratio_squared) * ritz.overlap
+    omega = ratio_squared * ritz.last_row + alpha
+    low, s, c = _top_eigenpair(ritz.low, tau, omega)
+    row = 1 / alpha + (beta + jnp.sqrt(beta)) * ritz.inverse_alpha
+    return _Ritz(low, s * tau + c * omega, omega, jnp.maximum(ritz.high, row), 1 / alpha)
 
 
 def default_max_steps(size: int) -> int:
@@ -182,140 +174,122 @@ def conjugate_gradient(
     inf, zero = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype)
     carried_min = inf if curvature_min is None else curvature_min.astype(dtype)
     rhs_norm = tree_norm(rhs)
-    precondition: MatVec = preconditioner if preconditioner is not None else lambda r: r
-    keeps_metric = preconditioner is not None
 
-    z = precondition(rhs)
-    gamma = tree_dot(rhs, z)
-    no = jnp.asarray(False)
+    if preconditioner is None:
+        z, gamma, metric = rhs, rhs_norm * rhs_norm, None
+    else:
+        z = preconditioner(rhs)
+        gamma = tree_dot(rhs, z)
+        metric = _Metric(z, rhs, tree_zeros_like(rhs), inf)
+    # A preconditioner that is not positive definite shows as γ ≤ 0 with r ≠ 0.
+    status = jnp.where(rhs_norm == 0, CONVERGED, jnp.where(gamma > 0, RUNNING, INDEFINITE))
     start = _Loop(
         x=tree_zeros_like(rhs),
         r=rhs,
-        z=z if keeps_metric else None,
         p=z,
-        metric_p=rhs if keeps_metric else None,
-        metric_x=tree_zeros_like(rhs) if keeps_metric else None,
+        metric=metric,
         gamma=gamma,
         beta=zero,
-        residual_norm=rhs_norm,
         deviation=zero,
-        ritz=_Ritz(zero, zero, zero, zero, zero, zero, zero),
+        ritz=_Ritz(zero, zero, zero, zero, zero),
         norm=zero,
-        rayleigh=inf,
+        x_norm=zero,
         num_matvecs=jnp.zeros((), jnp.int32),
-        replace=no,
-        converged=rhs_norm == 0,
-        singular=no,
-        # A preconditioner that is not positive definite shows here as γ ≤ 0 with r ≠ 0.
-        indefinite=(gamma <= 0) & (rhs_norm > 0),
-        precision_limited=no,
-        nonfinite=~jnp.isfinite(rhs_norm + gamma),
+        replace=jnp.asarray(False),
+        status=jnp.where(jnp.isfinite(rhs_norm + gamma), status, NONFINITE).astype(jnp.int32),
     )
 
     def unfinished(c: _Loop) -> Bool[Array, ""]:
-        stopped = c.converged | c.singular | c.indefinite | c.precision_limited | c.nonfinite
-        return ~stopped & (c.num_matvecs < max_steps)
+        return (c.status == RUNNING) & (c.num_matvecs < max_steps)
 
     def body(c: _Loop) -> _Loop:
         # One product serves both kinds of step, so that the compiler sees the operator once.
         product = matvec(tree_where(c.replace, c.x, c.p))
         directions: Any = sum(tree_gram(c.p, product))
-        p_dot_p, curvature, product_norm = directions[0, 0], directions[0, 1], jnp.sqrt(directions[1, 1])
-        norm = jnp.where(c.replace, c.norm, jnp.maximum(c.norm, product_norm / jnp.sqrt(p_dot_p)))
-        nonfinite = ~jnp.isfinite(curvature + product_norm)
-        nonpositive = ~c.replace & ~nonfinite & ~(curvature > 0)
-        at_rounding = jnp.abs(curvature) <= floor_of_singular * norm * p_dot_p
-        advance = ~c.replace & ~nonpositive & ~nonfinite
-
-        alpha = jnp.where(advance, c.gamma / jnp.where(advance, curvature, 1), zero)
-        ritz = _update_ritz(c.ritz, jnp.where(advance, alpha, 1), c.beta)
-        ritz = jax.tree.map(lambda a, b: jnp.where(advance, a, b), ritz, c.ritz)
-        rayleigh = jnp.where(advance, jnp.minimum(c.rayleigh, curvature / p_dot_p), c.rayleigh)
+        p_dot_p, curvature, product_squared = directions[0, 0], directions[0, 1], directions[1, 1]
+        norm = jnp.where(c.replace, c.norm, jnp.maximum(c.norm, jnp.sqrt(product_squared / p_dot_p)))
+        advance = ~c.replace & (curvature > 0)
+        alpha = jnp.where(advance, c.gamma / curvature, zero)
+        ritz = _update_ritz(c.ritz, alpha, c.beta)
+        ritz = jax.tree.map(lambda new, old: jnp.where(advance, new, old), ritz, c.ritz)
 
         x = tree_axpy(alpha, c.p, c.x)
         # An ordinary step: r − αAp; a replacement: b − Ax.
-        base = tree_where(c.replace, rhs, c.r)
-        factor = jnp.where(c.replace, 1, alpha)
-        r = tree_axpy(-factor, product, base)
+        r = tree_axpy(jnp.where(c.replace, -1, -alpha), product, tree_where(c.replace, rhs, c.r))
         total = x if reference is None else tree_add(reference, x)
         vectors: Any = sum(tree_gram(x, r, rhs, total))
         x_norm, residual_norm, total_norm = (jnp.sqrt(vectors[i, i]) for i in (0, 1, 3))
         x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
+        own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
         rounding = eps * (norm * x_norm + rhs_norm)
         deviation = jnp.where(c.replace, rounding, c.deviation + eps * (norm * x_norm + residual_norm))
-
-        z = precondition(r) if keeps_metric else r
-        gamma = tree_dot(r, z) if keeps_metric else vectors[1, 1]
-        beta = jnp.where(advance, gamma / c.gamma, c.beta)
-        # After a replacement p keeps its conjugate part: p + (z_new − z_old).
-        z_old = c.z if keeps_metric else c.r
-        p = tree_where(c.replace, tree_add(c.p, tree_sub(z, z_old)), tree_axpy(beta, c.p, z))
-        if keeps_metric:
-            metric_x = tree_axpy(alpha, c.metric_p, c.metric_x)
-            metric_p = tree_where(
-                c.replace, tree_add(c.metric_p, tree_sub(r, c.r)), tree_axpy(beta, c.metric_p, r)
-            )
-        else:
-            metric_x, metric_p = None, None
-
         smallest = jnp.minimum(carried_min, 1 / ritz.low)
         # A direction with a small eigenvalue may not have shown itself in one or two steps.
         wanted = rtol * jnp.where(c.num_matvecs < 3, 0.1, 1.0).astype(dtype)
-        own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
-        if keeps_metric:
+
+        if preconditioner is None or c.metric is None:
+            gamma, metric = vectors[1, 1], None
+            beta = jnp.where(advance, gamma / c.gamma, c.beta)
+            # After a replacement p keeps its conjugate part: p + (r_new − r_old).
+            p = tree_where(c.replace, tree_add(c.p, tree_sub(r, c.r)), tree_axpy(beta, c.p, r))
+            tighten = jnp.where(amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
+            met = residual_norm + deviation <= wanted * smallest * tighten * total_norm
+        else:
+            z = preconditioner(r)
+            gamma = tree_dot(r, z)
+            beta = jnp.where(advance, gamma / c.gamma, c.beta)
+            p = tree_where(c.replace, tree_add(c.p, tree_sub(z, c.metric.z)), tree_axpy(beta, c.p, z))
+            old = c.metric.metric_p
+            metric_p = tree_where(c.replace, tree_add(old, tree_sub(r, c.r)), tree_axpy(beta, old, r))
+            metric_x = tree_axpy(alpha, old, c.metric.metric_x)
+            rayleigh = jnp.minimum(c.metric.rayleigh, jnp.minimum(curvature / p_dot_p, own_rayleigh))
+            metric = _Metric(z, metric_p, metric_x, jnp.where(advance, rayleigh, c.metric.rayleigh))
+            x_metric = tree_dot(x, metric_x)
             # ‖q + x‖_M needs M q, which is not at hand: scale ‖x‖_M by the ratio of the 2-norms.
-            metric_norm = jnp.sqrt(tree_dot(x, metric_x)) * total_norm / jnp.where(x_norm > 0, x_norm, 1)
-            metric_rayleigh = x_energy / tree_dot(x, metric_x)
-            tighten = jnp.where(amplified, jnp.minimum(1, smallest / metric_rayleigh), 1)
-            tests = (jnp.sqrt(gamma) <= wanted * smallest * tighten * metric_norm) & (
+            total_metric = jnp.sqrt(x_metric) * total_norm / jnp.where(x_norm > 0, x_norm, 1)
+            tighten = jnp.where(amplified, jnp.minimum(1, smallest * x_metric / x_energy), 1)
+            met = (jnp.sqrt(gamma) <= wanted * smallest * tighten * total_metric) & (
                 residual_norm + deviation <= wanted * tighten * own_rayleigh * total_norm
             )
-        else:
-            tighten = jnp.where(amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
-            tests = residual_norm + deviation <= wanted * smallest * tighten * total_norm
-        singular = (nonpositive & at_rounding) | (advance & (1 / ritz.low <= floor_of_singular * ritz.high))
+
+        # Each line overrides those before it.
+        status = jnp.where(met | (gamma == 0), CONVERGED, RUNNING)
         # r at rounding level of Ax: nothing more can be won in this precision.
-        precision_limited = residual_norm <= rounding
+        status = jnp.where(residual_norm <= rounding, PRECISION_LIMITED, status)
+        status = jnp.where(gamma < 0, INDEFINITE, status)
+        status = jnp.where(1 / ritz.low <= floor_of_singular * ritz.high, SINGULAR, status)
+        at_rounding = jnp.abs(curvature) <= floor_of_singular * norm * p_dot_p
+        status = jnp.where(c.replace | advance, status, jnp.where(at_rounding, SINGULAR, INDEFINITE))
+        status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
         drifted = (deviation > jnp.sqrt(eps) * residual_norm) & (deviation > 10 * rounding)
         return _Loop(
             x=x,
             r=r,
-            z=z if keeps_metric else None,
             p=p,
-            metric_p=metric_p,
-            metric_x=metric_x,
+            metric=metric,
             gamma=gamma,
             beta=beta,
-            residual_norm=residual_norm,
             deviation=deviation,
             ritz=ritz,
             norm=norm,
-            rayleigh=jnp.where(advance & (x_norm > 0), jnp.minimum(rayleigh, own_rayleigh), rayleigh),
+            x_norm=x_norm,
             num_matvecs=c.num_matvecs + 1,
             replace=~c.replace & drifted,
-            converged=(advance | c.replace) & ~singular & (tests | (gamma == 0)),
-            singular=singular,
-            indefinite=(nonpositive & ~at_rounding) | (advance & (gamma < 0)),
-            precision_limited=(advance | c.replace) & precision_limited,
-            nonfinite=nonfinite | ~jnp.isfinite(residual_norm + gamma),
+            status=status.astype(jnp.int32),
         )
 
     end = jax.lax.while_loop(unfinished, body, start)
-    stepped = end.ritz.low > 0
+    lowest = jnp.minimum(carried_min, 1 / end.ritz.low)
+    plain = end.metric is None
     info = CGInfo(
         num_matvecs=end.num_matvecs,
-        residual_norm=end.residual_norm,
-        curvature_min=jnp.where(
-            stepped, jnp.minimum(carried_min, 1 / jnp.where(stepped, end.ritz.low, 1)), carried_min
-        ),
+        residual_norm=jnp.sqrt(end.gamma) if plain else tree_norm(end.r),
+        solution_norm=end.x_norm,
+        curvature_min=lowest,
         curvature_max=end.ritz.high,
         norm=end.norm,
-        rayleigh=end.rayleigh,
-        converged=end.converged | end.precision_limited,
-        singular=end.singular,
-        indefinite=end.indefinite,
-        precision_limited=end.precision_limited,
-        nonfinite=end.nonfinite,
+        rayleigh=lowest if end.metric is None else end.metric.rayleigh,
+        status=end.status,
     )
     return end.x, info
 
