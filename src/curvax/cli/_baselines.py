@@ -160,9 +160,7 @@ def references(
     """
     mask = jnp.asarray(1.0 - corrupted)
     clean = {**batches, "train": {**batches["train"], "mask": mask}}
-    oracle = grid(
-        trainer, theta0, clean, num_solves, key="oracle", label="wrong labels known"
-    )
+    oracle = grid(trainer, theta0, clean, num_solves, key="oracle", label="wrong labels known")
     return [oracle, _validation_only(trainer, theta0, batches, num_solves)]
 
 

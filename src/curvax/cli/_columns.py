@@ -144,7 +144,11 @@ def _encode_categories(name: str, cells: list[str], train: np.ndarray) -> list[t
     levels = ["(missing)" if is_missing(cell) else cell for cell in cells]
     counts = Counter(levels[i] for i in train)
     enough = max(_RARE_ROWS, _RARE_FRACTION * len(train))
-    common = [level for level, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count >= enough]
+    common = [
+        level
+        for level, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if count >= enough
+    ]
     common = common[:_MAX_LEVELS]
     if not common:
         return []  # all different (names, dates, keys): nothing can be learned from it

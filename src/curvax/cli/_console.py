@@ -105,8 +105,8 @@ def comparison_line(result: dict[str, Any]) -> str | None:
     if pairs is None:
         return None
     return (
-        f"Of {result['data']['test']:,} test examples, {pairs['better']:,} are right by the tuned model and wrong by the grid "
-        f"search, {pairs['worse']:,} the other way round."
+        f"Of {result['data']['test']:,} test examples, {pairs['better']:,} are right by the tuned model and wrong by "
+        f"the grid search, {pairs['worse']:,} the other way round."
     )
 
 
@@ -140,8 +140,8 @@ def overfitting(result: dict[str, Any]) -> list[str]:
     gain = {split: _gain(first[split], last[split]) for split in ("validation", "test")}
     if gain["validation"] > 0 > gain["test"]:
         return [
-            "Note: on the test split the tuned model is no better than the untuned one, on the validation split it is: the "
-            "hyperparameters were fitted to the validation split. Fewer groups, fewer --steps or more validation "
+            "Note: on the test split the tuned model is no better than the untuned one, on the validation split it is: "
+            "the hyperparameters were fitted to the validation split. Fewer groups, fewer --steps or more validation "
             "rows (--split) help."
         ]
     return []

@@ -178,7 +178,9 @@ def finish(data: Dataset, options: Options) -> Dataset:
         if options.corrupt:
             raise UsageError("--corrupt is for classification, and the target is a number (see --task)")
         if np.ptp(data.given) == 0:
-            raise UsageError(f"column {quoted(data.target)} is constant in the training rows: nothing to learn")
+            raise UsageError(
+                f"column {quoted(data.target)} is constant in the training rows: nothing to learn"
+            )
         return data
     if not options.corrupt:
         return data
@@ -213,14 +215,18 @@ def _target(table: Table, name: str, options: Options) -> tuple[str, np.ndarray,
     if wanted is None:
         task = "classification" if forced or numbers is None or _looks_like_classes(numbers) else "regression"
         other = "regression" if task == "classification" else "classification"
-        how = f"Task: {task}, judged by the target" + (f" (--task {other} if that is wrong)." if not forced else ".")
+        how = f"Task: {task}, judged by the target" + (
+            f" (--task {other} if that is wrong)." if not forced else "."
+        )
     else:
         task, how = wanted, f"Task: {wanted}, as asked for."
     if task == "regression":
         if numbers is None or np.ptp(numbers) == 0:
             raise UsageError(f"column {quoted(name)} is the target and has the same value in every row")
         if not np.isfinite(np.ptp(numbers)) or np.ptp(numbers) > 1e150:
-            raise UsageError(f"column {quoted(name)} is the target and its values are too large: rescale them")
+            raise UsageError(
+                f"column {quoted(name)} is the target and its values are too large: rescale them"
+            )
         return task, numbers, (), how
     counts = Counter(cells)
     label, fewest = min(counts.items(), key=lambda item: (item[1], item[0]))

@@ -179,7 +179,9 @@ def _penalties(outcome: Outcome, penalties: np.ndarray) -> Figure:
     low = values.min() - 0.25
     axes.barh(np.arange(len(order)), values[order] - low, left=low, color=BLUE, height=0.62)
     axes.set_yticks(np.arange(len(order)), [printable(data.inputs[i], 34) for i in order], fontsize=8.5)
-    axes.set_title("L2 penalty of each input" + (" (smallest and largest)" if len(values) > _MAX_BARS else ""))
+    axes.set_title(
+        "L2 penalty of each input" + (" (smallest and largest)" if len(values) > _MAX_BARS else "")
+    )
     axes.set_xlabel("log10 of the penalty: the shorter the bar, the more the model may use the input")
     axes.margins(y=0.01)
     _grid(axes, "x")

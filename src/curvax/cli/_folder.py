@@ -32,7 +32,9 @@ def create(options: Options, digest: str) -> pathlib.Path:
         UsageError: If it exists already, or cannot be made.
     """
     try:
-        folder = _fresh(options) if options.out is None else _named(pathlib.Path(options.out), options.overwrite)
+        folder = (
+            _fresh(options) if options.out is None else _named(pathlib.Path(options.out), options.overwrite)
+        )
         data = options.data if options.data in BUNDLED else os.path.abspath(options.data)
         kept = dataclasses.replace(options, data=data, quiet=False, json=False)
         write_json(folder / RUN, {"format": _FORMAT, "options": kept.as_json(), "digest": digest})
@@ -89,7 +91,9 @@ def reopen(directory: str) -> tuple[pathlib.Path, Options, str]:
     try:
         content = json.loads((folder / RUN).read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
-            raise UsageError(f"--resume {quoted(directory)}: its run.json is not one of this version of curvax")
+            raise UsageError(
+                f"--resume {quoted(directory)}: its run.json is not one of this version of curvax"
+            )
         options, digest = Options.from_json(content["options"]), str(content["digest"])
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"--resume {quoted(directory)}: there is no run of curvax tune in it") from None

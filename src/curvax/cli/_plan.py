@@ -89,9 +89,13 @@ def make(options: Options) -> Plan:
     model = options.model or ("ridge" if is_regression else "logistic")
     groups = options.tune or _DEFAULT_GROUPS
     if model == "logistic" and is_regression:
-        raise UsageError(f"--model logistic is for classification, and {data.name} is regression: take ridge or mlp")
+        raise UsageError(
+            f"--model logistic is for classification, and {data.name} is regression: take ridge or mlp"
+        )
     if model == "ridge" and not is_regression:
-        raise UsageError(f"--model ridge is for regression, and {data.name} is classification: take logistic or mlp")
+        raise UsageError(
+            f"--model ridge is for regression, and {data.name} is classification: take logistic or mlp"
+        )
     if "class-weights" in groups and is_regression:
         raise UsageError(f"--tune class-weights is for classification, and {data.name} is regression")
     if "l2-per-layer" in groups and model != "mlp":

@@ -184,7 +184,10 @@ def _weights(result: dict[str, Any], pictures: dict[str, bytes]) -> str:
     head = f"<tr><th>example</th><th>{_text(result['data']['target'])}, as given</th><th>as predicted</th><th>weight</th></tr>"
     note = "The training examples with the lowest weights: worth a look, they may be mistakes in the data."
     return "".join(
-        [*parts, f'<div class="scroll"><table class="names">{head}{"".join(rows)}</table></div><p class="note">{note}</p>']
+        [
+            *parts,
+            f'<div class="scroll"><table class="names">{head}{"".join(rows)}</table></div><p class="note">{note}</p>',
+        ]
     )
 
 

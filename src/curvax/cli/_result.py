@@ -45,7 +45,9 @@ class Outcome:
         """Weight of each training example (mean 1), if they were tuned."""
         if "sample-weights" not in self.phi:
             return None
-        return np.asarray(example_weights({"sample-weights": self.phi["sample-weights"]}, None, len(self.outputs)))
+        return np.asarray(
+            example_weights({"sample-weights": self.phi["sample-weights"]}, None, len(self.outputs))
+        )
 
     def input_penalties(self) -> np.ndarray | None:
         """Penalty of each input (geometric mean over its weights), if inputs differ."""
@@ -168,7 +170,8 @@ def hyperparameters_json(outcome: Outcome) -> dict[str, Any]:
     Returns:
         Group name to values.
     """
-    data, phi, result = outcome.plan.data, outcome.phi, {}
+    data, phi = outcome.plan.data, outcome.phi
+    result: dict[str, Any] = {}
     weights, by_input = outcome.weights(), outcome.input_penalties()
     if weights is not None:
         rows = [data.places[i] for i in data.train]
@@ -178,7 +181,8 @@ def hyperparameters_json(outcome: Outcome) -> dict[str, Any]:
     if "class-weights" in phi:
         factors = np.exp(np.asarray(phi["class-weights"]))
         result["class-weights"] = [
-            {"class": name, "weight": float(w)} for name, w in zip(data.classes, factors / factors.mean(), strict=True)
+            {"class": name, "weight": float(w)}
+            for name, w in zip(data.classes, factors / factors.mean(), strict=True)
         ]
     if by_input is not None:
         key = "l2-per-feature" if "l2-per-feature" in phi else "l2-per-weight"
@@ -202,7 +206,7 @@ def hyperparameters_npz(outcome: Outcome) -> bytes:
         The file's content. `phi…` are the raw values, `theta…` the parameters, `penalty_k` and `weights` the natural
         values, `train_rows` the row number of each training example.
     """
-    arrays: dict[str, np.ndarray] = {"train_rows": outcome.plan.data.train}
+    arrays: dict[str, Any] = {"train_rows": outcome.plan.data.train}
     for name, tree in (("phi", outcome.phi), ("theta", outcome.theta)):
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             arrays["/".join([name, *(_key(entry) for entry in path)])] = np.asarray(leaf)

@@ -11,6 +11,7 @@ import numpy as np
 import optimistix as optx
 
 import curvax as cx
+from curvax._results import describe
 from curvax.cli import _baselines, _console, _folder, _model, _plan, _result
 from curvax.cli import _hyperparameters as hyper
 from curvax.cli._errors import TuningError, UsageError, quoted
@@ -46,7 +47,9 @@ def tune(options: Options, resume: str | None, given: frozenset[str]) -> None:
     if resume is None:
         folder = _folder.create(options, plan.data.digest)
     elif digest != plan.data.digest:
-        raise UsageError(f"{quoted(plan.data.name)} has changed since the run in {quoted(resume)}: start a new one")
+        raise UsageError(
+            f"{quoted(plan.data.name)} has changed since the run in {quoted(resume)}: start a new one"
+        )
     try:
         _run(plan, folder, resumed=resume is not None)
     except KeyboardInterrupt:
@@ -106,7 +109,7 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
     )
     if solution.result != cx.RESULTS.successful:
         raise TuningError(
-            f"tuning stopped after step {solution.num_steps} of {options.steps}: {cx.RESULTS[solution.result]}"
+            f"tuning stopped after step {solution.num_steps} of {options.steps}: {describe(solution.result)}"
         )
     seconds = time.perf_counter() - begin
     total = sum(hyper.count(phi0).values())
@@ -123,9 +126,13 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
             theta=solution.theta,
         )
     )
-    history = {f.name: np.asarray(getattr(solution.history, f.name)) for f in dataclasses.fields(solution.history)}
+    history = {
+        f.name: np.asarray(getattr(solution.history, f.name)) for f in dataclasses.fields(solution.history)
+    }
     test = batches["test"]
-    pairs = compare(trainer.outputs(solution.theta, test), trainer.outputs(rows[1].theta, test), np.asarray(test["y"]))
+    pairs = compare(
+        trainer.outputs(solution.theta, test), trainer.outputs(rows[1].theta, test), np.asarray(test["y"])
+    )
     return _result.Outcome(
         plan=plan,
         rows=rows,
