@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, PyTree
 from curvax._pytree import tree_dtype, tree_size
 from curvax.implicit._adjoint import implicit_solution, while_loop
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
-from curvax.implicit._stage import DENSE_SIZE, AbstractStage, ConjugateGradientStage, DenseStage, LineaxStage
+from curvax.implicit._stage import (
+    DENSE_SIZE,
+    AbstractStage,
+    CheckedStage,
+    ConjugateGradientStage,
+    DenseStage,
+    LineaxStage,
+)
 from curvax.implicit._sweeps import Accuracy, run_sweeps
 from curvax.linear import CG, Auto
 
@@ -48,7 +55,8 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             gradient vanishes.
         linear_solver: A Lineax solver for the adjoint. By default conjugate gradients that stop on their forward
             error for minima (a dense decomposition up to 32 unknowns), `cx.linear.Auto` for roots and fixed points.
-            With a solver whose forward error is not known the estimate comes from the contraction of two sweeps.
+            The corrections that judge the result are made by the same defaults whatever is given here; a root or fixed
+            point with more unknowns is judged by the contraction of two sweeps instead.
         preconditioner: A positive definite operator ≈ A⁻¹, or a function (theta, args) -> operator with
             args = (phi, batch) in `hypergradient` and the user's `args` under Optimistix. No derivative flows
             through it.
@@ -177,11 +185,16 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
                     "point. Use `cx.linear.Auto` or `lx.GMRES`."
                 )
             return ConjugateGradientStage(self.preconditioner, solver.max_steps), solver.rtol
+        own: AbstractStage | None = None
+        if size <= DENSE_SIZE and (self.preconditioner is None or solver is not None):
+            own = DenseStage(symmetric)
+        elif symmetric:
+            own = ConjugateGradientStage(self.preconditioner, None)
         if solver is not None:
-            return LineaxStage(solver, self.preconditioner, symmetric), None
-        if size <= DENSE_SIZE and self.preconditioner is None:
-            return DenseStage(symmetric), None
-        if symmetric:
-            return ConjugateGradientStage(self.preconditioner, None), None
+            first = LineaxStage(solver, self.preconditioner, symmetric)
+            checked = own is not None and self.rtol is not None
+            return (CheckedStage(first, own) if checked else first), None
+        if own is not None:
+            return own, None
         tolerance = jnp.finfo(tree_dtype(task.theta0)).eps ** 0.5
         return LineaxStage(Auto(rtol=float(tolerance), atol=0.0), self.preconditioner, False), None

@@ -17,6 +17,7 @@ from curvax._pytree import (
     tree_dtype,
     tree_norm,
     tree_size,
+    tree_where,
     tree_zeros_like,
 )
 from curvax.implicit._condition import Linearised
@@ -42,7 +43,6 @@ class StageInfo(NamedTuple):
     ritz_min: Float[Array, ""]
     curvature_min: Float[Array, ""]
     curvature_max: Float[Array, ""]
-    condition: Float[Array, ""]
     solution_norm: Float[Array, ""]
     singular: Bool[Array, ""]
     indefinite: Bool[Array, ""]
@@ -59,6 +59,7 @@ class Request(NamedTuple):
     rhs: PyTree[Array]
     wanted: Bool[Array, ""]
     transposed: Bool[Array, ""]
+    correction: Bool[Array, ""]
     amplified: Bool[Array, ""]
     rtol: Scalar
     damping: Scalar
@@ -113,7 +114,6 @@ class ConjugateGradientStage(AbstractStage):
             ritz_min=info.curvature_min,
             curvature_min=info.rayleigh,
             curvature_max=highest,
-            condition=jnp.where(info.num_matvecs > 0, highest / info.rayleigh, 0),
             solution_norm=info.solution_norm,
             singular=wanted & (info.status == SINGULAR),
             indefinite=wanted & (info.status == INDEFINITE),
@@ -167,9 +167,8 @@ class DenseStage(AbstractStage):
         return x, StageInfo(
             num_matvecs=jnp.where(wanted, size, 0),
             ritz_min=smallest,
-            curvature_min=jnp.min(values),
-            curvature_max=jnp.max(values),
-            condition=largest / jnp.where(smallest > 0, smallest, jnp.finfo(dtype).tiny),
+            curvature_min=jnp.where(indefinite, jnp.min(values), smallest),
+            curvature_max=largest,
             solution_norm=tree_norm(x),
             singular=wanted & singular & finite,
             indefinite=wanted & indefinite & ~singular & finite,
@@ -221,19 +220,53 @@ class LineaxStage(AbstractStage):
         like = jax.eval_shape(either)
         x, steps, flags = run_once(request.wanted, lambda _: either(), tree_zeros_like(like))
         dtype = tree_dtype(request.rhs)
-        finite = tree_all_finite(x) & tree_all_finite(request.rhs)
+        given = tree_all_finite(request.rhs)
+        finite = tree_all_finite(x) & given
+        size = tree_norm(x)
+        # All that is known of the curvature is how much each solve has magnified its right-hand side.
+        stretch = tree_norm(request.rhs) / jnp.where(size > 0, size, 1)
+        known = request.wanted & (size > 0)
         return x, StageInfo(
             num_matvecs=steps,
             ritz_min=jnp.asarray(jnp.inf, dtype),
-            curvature_min=jnp.asarray(jnp.inf, dtype),
-            curvature_max=jnp.zeros((), dtype),
-            condition=jnp.ones((), dtype),
-            solution_norm=tree_norm(x),
-            singular=request.wanted & flags[0] & tree_all_finite(request.rhs),
+            curvature_min=jnp.where(known, stretch, jnp.inf),
+            curvature_max=jnp.where(known, stretch, 0),
+            solution_norm=size,
+            singular=request.wanted & flags[0] & given,
             indefinite=jnp.asarray(False),
             exhausted=request.wanted & flags[1],
             nonfinite=request.wanted & ~flags[0] & ~finite,
         )
+
+
+class CheckedStage(AbstractStage):
+    """The user's solver for the adjoint, a solver that knows its error for the corrections that judge it.
+
+    A residual test says nothing about the forward error, and most solvers do not notice that a
+    curvature is indefinite.
+    """
+
+    first: LineaxStage
+    check: AbstractStage
+
+    @property
+    def knows_its_error(self) -> bool:
+        """True: of the corrections, which is what the estimate is made of."""
+        return True
+
+    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+        """One of the two, by what is solved for."""
+        own = request._replace(wanted=request.wanted & ~request.correction)
+        checking = request._replace(wanted=request.wanted & request.correction)
+        x_own, info_own = self.first.solve(at, own, args)
+        x, info = self.check.solve(at, checking, args)
+        # What the user's solver knows of the curvature is less than what the check knows.
+        info_own = info_own._replace(
+            curvature_min=jnp.full_like(info_own.curvature_min, jnp.inf),
+            curvature_max=jnp.zeros_like(info_own.curvature_max),
+        )
+        matched = jax.tree.map(lambda a, b: a.astype(b.dtype), info_own, info)
+        return tree_where(request.correction, x, x_own), tree_where(request.correction, info, matched)
 
 
 def run_once(wanted: Bool[Array, ""], fn: Any, init: PyTree[Array]) -> PyTree[Array]:

@@ -40,6 +40,9 @@ from curvax.implicit._stage import AbstractStage, Request, StageInfo, run_once
 
 CORRECTION_RTOL = 0.1  # forward error of a correction: 0.3 was fooled in prototypes, 0.1 was not
 WARM_SWEEPS = 4  # sweeps that a warm start may spend before the inner solver is called
+NEWTON_CONTRACTION = (
+    0.5  # a Newton step after which the next one could be longer than this share is not believed
+)
 POLISH_TARGET = 0.3  # polishing ends when the error of θ is expected below this share of rtol
 
 # What a turn does. POLISH → POLISH | FIRST, FIRST → SWEEP_THETA, which judges and goes to SWEEP_ADJOINT and back.
@@ -113,6 +116,7 @@ class _Evaluation(NamedTuple):
     current: _Kept
     adjoint_residual: PyTree[Array]
     theta_norm: Scalar
+    adjoint_norm: Scalar
     change: Scalar
     cross: Scalar  # ‖Bᵀq‖
     cross_vanishes: Bool[Array, " leaves"]
@@ -139,9 +143,9 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
         theta, task.phi, task.outer_batch
     )
     grad, adjoint_residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
-    residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta))
+    residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta, vector))
     by_leaf = jnp.stack(tree_gram(tree_sub(grad, kept.grad), cross, grad))
-    inner_norm, adjoint_norm, theta_norm = (jnp.sqrt(residuals[i, i]) for i in range(3))
+    inner_norm, residual_norm, theta_norm, adjoint_norm = (jnp.sqrt(residuals[i, i]) for i in range(4))
     change, cross_norm, grad_norm = (jnp.sqrt(jnp.sum(by_leaf[:, i, i])) for i in range(3))
     value = value.astype(inner_norm.dtype)
     # A leaf without elements has no influence to lose.
@@ -153,7 +157,7 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
         norm=grad_norm,
         vanishes=(by_leaf[:, 2, 2] == 0) & filled,
         inner_residual=inner_norm,
-        adjoint_residual=adjoint_norm,
+        adjoint_residual=residual_norm,
         estimate=jnp.full_like(value, jnp.inf),
     )
     return _Evaluation(
@@ -161,24 +165,43 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
         current=current,
         adjoint_residual=adjoint_residual,
         theta_norm=theta_norm,
+        adjoint_norm=adjoint_norm,
         change=change,
         cross=cross_norm,
         cross_vanishes=by_leaf[:, 1, 1] == 0,
-        finite=jnp.isfinite(value + inner_norm + adjoint_norm + grad_norm),
+        finite=jnp.isfinite(value + inner_norm + residual_norm + grad_norm),
     )
 
 
-def _estimate(stage: AbstractStage, change: Scalar, before: Scalar, size: Scalar, rounding: Scalar) -> Scalar:
-    """The error of the hypergradient before the last sweep, from the sweep's change."""
+def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation) -> tuple[Scalar, Scalar]:
+    """The error of the hypergradient before the last sweep, and how much of it is rounding."""
+    dtype, change = found.change.dtype, found.change
+    eps = jnp.finfo(dtype).eps
+    curvature, inner = c.curvature, found.current.inner_residual
+    floor = eps * (curvature.condition * found.cross + c.kept.norm + found.cross)
     if stage.knows_its_error:
-        return change + rounding
-    # Solves of unknown accuracy: successive changes contract by ρ, so the error is change/(1 − ρ).
+        # At rounding level both hypergradients are off by noise, of which the change is one sample; the worst case
+        # ε·κ·‖Bᵀq‖ is attained only when all of it falls on the smallest eigenvalue.
+        typical = eps * (jnp.sqrt(curvature.condition) * found.cross + c.kept.norm + found.cross)
+        estimate = change + jnp.minimum(floor, 3 * change + typical)
+        # ν bounds the next Newton step by ν·‖d‖: near 1 the step before was not in the quadratic regime yet.
+        leftover = inner - 10 * eps * curvature.highest * found.theta_norm
+        settled = leftover <= NEWTON_CONTRACTION * curvature.lowest * c.step
+        return jnp.where(settled, estimate, jnp.inf), floor
+    # Solves of unknown accuracy: successive changes contract by ρ, so the error is change/(1 − ρ); believed only
+    # when the residuals fell too (a solver that returns zero makes no change).
+    before = c.change
     ratio = change / jnp.where(before > 0, before, 1)
-    tiny = jnp.sqrt(jnp.finfo(size.dtype).eps) * size
+    tiny = jnp.sqrt(eps) * c.kept.norm
     at_noise = (change <= tiny) & (before <= tiny)
-    trusted = at_noise | (ratio < 0.9)
-    settled = jnp.maximum(change, jnp.where(at_noise, before, 0)) / (1 - jnp.minimum(ratio, 0.99))
-    return jnp.where(trusted, settled, jnp.inf)
+    noise = 1e3 * eps * curvature.highest
+    fell = (inner <= jnp.maximum(0.5 * c.kept.inner_residual, noise * found.theta_norm)) & (
+        found.current.adjoint_residual
+        <= jnp.maximum(0.5 * c.kept.adjoint_residual, noise * found.adjoint_norm)
+    )
+    trusted = jnp.isfinite(before) & fell & (at_noise | (ratio < 0.9))
+    limit = jnp.maximum(change, jnp.where(at_noise, before, 0)) / (1 - jnp.minimum(ratio, 0.99))
+    return jnp.where(trusted, limit + floor, jnp.inf), floor
 
 
 def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accuracy) -> _Judgement:
@@ -188,8 +211,7 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     swept = judged & (c.sweeps >= 0)
     sweeps = c.sweeps + judged.astype(jnp.int32)
     warm = c.source == WARM
-    rounding = jnp.finfo(found.cross.dtype).eps * c.curvature.condition * found.cross
-    estimate = _estimate(stage, found.change, c.change, c.kept.norm, rounding)
+    estimate, rounding = _estimate(stage, c, found)
     request = accuracy.atol + accuracy.rtol * c.kept.norm
     met = swept & (estimate <= request)
     least = 1 if stage.knows_its_error else 2
@@ -278,6 +300,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             rhs=tree_where(solve_theta, tree_neg(found.at.residual), adjoint_rhs),
             wanted=wanted,
             transposed=~solve_theta,
+            correction=correction,
             # In a judged sweep the error of d goes through A⁻¹ once more on its way into the hypergradient.
             amplified=c.phase == SWEEP_THETA,
             rtol=jnp.where(correction, rtol, accuracy.adjoint_rtol),
@@ -337,11 +360,16 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         pending = RESULTS.where(believed, c.pending, inner_result)
         pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, pending)
         estimate = jnp.where(verdict.swept, verdict.estimate, c.kept.estimate)
-        kept = tree_where(verdict.takes_current, found.current, c.kept._replace(estimate=estimate))
+        # Until there is a hypergradient, the point itself is kept: it is what a failure is about.
+        here = found.current._replace(grad=nowhere, estimate=inf)
+        older = tree_where(c.sweeps < 0, here, c.kept._replace(estimate=estimate))
+        kept = tree_where(verdict.takes_current, found.current, older)
         # Back to the inner solver the adjoint is kept as a start, if it is one.
         usable = jnp.isfinite(found.current.adjoint_residual)
         old_adjoint = tree_where(retry & ~usable, zero_theta, c.adjoint)
         seen = wanted & (info.num_matvecs > 0)
+        lowest = jnp.where(seen, jnp.minimum(c.curvature.lowest, info.curvature_min), c.curvature.lowest)
+        highest = jnp.where(seen, jnp.maximum(c.curvature.highest, info.curvature_max), c.curvature.highest)
         return _Carry(
             theta=tree_where(retry, start_theta, tree_where(moved & solve_theta, tree_add(theta, x), theta)),
             adjoint=tree_where(moved & ~solve_theta & ~retry, tree_add(c.adjoint, x), old_adjoint),
@@ -369,9 +397,9 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             ),
             curvature=_Curvature(
                 jnp.minimum(c.curvature.ritz_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf)),
-                jnp.where(seen, jnp.minimum(c.curvature.lowest, info.curvature_min), c.curvature.lowest),
-                jnp.where(seen, jnp.maximum(c.curvature.highest, info.curvature_max), c.curvature.highest),
-                jnp.maximum(c.curvature.condition, info.condition),
+                lowest,
+                highest,
+                jnp.where(seen, highest / jnp.abs(lowest), c.curvature.condition),
             ),
             no_influence=no_influence,
             pending=pending,
