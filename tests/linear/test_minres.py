@@ -26,6 +26,8 @@ def _program(rtol, max_steps):
         solution = lx.linear_solve(operator, vector, solver, options=options, throw=False)
         return solution.value, solution.result, solution.stats
 
+    return solve
+
 
 def _solve(matrix, vector, *, preconditioner=None, rtol=1e-10, max_steps=None):
     if preconditioner is None:
@@ -72,7 +74,7 @@ def test_error_falls_with_the_condition_number_in_float32(rng):
     value, result, _ = _solve(matrix, vector, rtol=1e-4)
     assert value.dtype == np.float32 and result == lx.RESULTS.successful
     truth = refined_solve(matrix, vector)
-    assert np.linalg.norm(value - truth) <= 1e-2 * np.linalg.norm(truth)
+    assert np.linalg.norm(np.asarray(value) - truth) <= 1e-2 * np.linalg.norm(truth)
 
 
 @pytest.mark.parametrize("signs", [False, True])

@@ -77,7 +77,7 @@ class Auto(lx.AbstractLinearSolver[_State]):
     Args:
         rtol: Tolerance relative to ‖b‖, at least 0; not both tolerances may be 0.
         atol: Absolute tolerance.
-        max_steps: Budget of products of each stage; by default 10 times the size, within [500, 20 000].
+        max_steps: Budget of products of each stage; by default 40 times the size, within [1000, 100 000].
         dense_size: Largest size for which the matrix is written out at once, n products. 0 for never.
         fallback_size: Largest size for which it is written out after iterative methods failed. 0 for never.
         restart: Length of the Krylov space of GMRES.
@@ -104,7 +104,7 @@ class Auto(lx.AbstractLinearSolver[_State]):
     rtol: Array | float
     atol: Array | float = 0.0
     max_steps: int | None = None
-    dense_size: int = eqx.field(default=256, kw_only=True)
+    dense_size: int = eqx.field(default=128, kw_only=True)
     fallback_size: int = eqx.field(default=2048, kw_only=True)
     restart: int = eqx.field(default=30, kw_only=True)
 
@@ -152,7 +152,11 @@ class Auto(lx.AbstractLinearSolver[_State]):
         return end.x, result, stats_of(end)
 
     def _iterate(
-        self, operator: lx.AbstractLinearOperator, vector: PyTree[Array], target: Scalar, options: dict[str, Any]
+        self,
+        operator: lx.AbstractLinearOperator,
+        vector: PyTree[Array],
+        target: Scalar,
+        options: dict[str, Any],
     ) -> Progress:
         size = tree_size(vector)
         budget = default_max_steps(size) if self.max_steps is None else self.max_steps
@@ -167,20 +171,28 @@ class Auto(lx.AbstractLinearSolver[_State]):
         if sign_of(operator):
             stages.append(lambda p: cg_stage(operator, vector, p, target, budget, precondition))
         if symmetric:
-            stages.append(lambda p: minres_stage(operator.mv, p, target, budget, precondition))
+            stages.append(lambda p: minres_stage(operator.mv, vector, p, target, budget, precondition))
         else:
-            stages.append(lambda p: gmres_stage(operator.mv, p, target, budget, precondition, self.restart, Method.gmres))
+            stages.append(
+                lambda p: gmres_stage(
+                    operator.mv, vector, p, target, budget, precondition, self.restart, Method.gmres
+                )
+            )
             if size > self.restart:
                 long = 4 * self.restart
                 stages.append(
-                    lambda p: gmres_stage(operator.mv, p, target, budget, precondition, long, Method.gmres_long)
+                    lambda p: gmres_stage(
+                        operator.mv, vector, p, target, budget, precondition, long, Method.gmres_long
+                    )
                 )
         progress = begin(*start_and_residual(operator.mv, vector, options))
         for stage in stages:
             progress = run_if(~(progress.residual_norm <= target) & ~progress.singular, stage, progress)
         if size <= self.fallback_size:
-            needed = (~(progress.residual_norm <= target) | progress.singular) & jnp.isfinite(progress.residual_norm)
-            progress = run_if(needed, lambda p: lu_stage(operator, p), progress)
+            needed = (~(progress.residual_norm <= target) | progress.singular) & jnp.isfinite(
+                progress.residual_norm
+            )
+            progress = run_if(needed, lambda p: lu_stage(operator, vector, p), progress)
         return progress
 
     def transpose(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:

@@ -8,7 +8,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from curvax._pytree import tree_add, tree_dtype, tree_neg, tree_norm, tree_sub, tree_where
-from curvax.linear._cg_core import conjugate_gradient, negated
+from curvax.linear._cg_core import INDEFINITE, SINGULAR, conjugate_gradient, negated
 from curvax.linear._direct import Factorisation, factorise, written_out
 from curvax.linear._gmres_core import gmres
 from curvax.linear._minres_core import minres
@@ -135,28 +135,39 @@ def cg_stage(
         preconditioner=precondition,
         reference=p.x,
     )
-    r = tree_sub(p.r, operator.mv(correction))
-    after = _improved(p, tree_add(p.x, correction), r, info.num_matvecs + 1, Method.cg)
-    failure = jnp.where(info.num_matvecs >= budget, int(Reason.budget), int(Reason.stalled))
-    failure = jnp.where(info.singular, int(Reason.singular), jnp.where(info.indefinite, int(Reason.indefinite), failure))
+    x = tree_add(p.x, correction)
+    after = _improved(p, x, tree_sub(vector, operator.mv(x)), info.num_matvecs + 1, Method.cg)
+    singular = info.status == SINGULAR
+    failure = _failure(p, singular, info.num_matvecs >= budget)
+    failure = jnp.where(info.status == INDEFINITE, int(Reason.indefinite), failure)
     seen = jnp.isfinite(info.curvature_min) & (info.curvature_min > 0)
     condition = jnp.where(seen, info.curvature_max / jnp.where(seen, info.curvature_min, 1), 0)
     return after._replace(
-        failure=failure.astype(p.failure.dtype), singular=info.singular, condition=condition.astype(p.condition.dtype)
+        failure=failure.astype(p.failure.dtype),
+        singular=singular,
+        condition=condition.astype(p.condition.dtype),
     )
 
 
 def minres_stage(
-    matvec: MatVec, p: Progress, target: Scalar, budget: int, precondition: MatVec | None
+    matvec: MatVec,
+    vector: PyTree[Array],
+    p: Progress,
+    target: Scalar,
+    budget: int,
+    precondition: MatVec | None,
 ) -> Progress:
     """MINRES."""
-    x, r, info = minres(matvec, p.x, p.r, target=target, max_steps=budget, preconditioner=precondition)
+    x, r, info = minres(
+        matvec, vector, p.x, p.r, target=target, max_steps=budget, preconditioner=precondition
+    )
     failure = _failure(p, info.singular, info.num_matvecs >= budget)
     return _improved(p, x, r, info.num_matvecs, Method.minres)._replace(failure=failure)
 
 
 def gmres_stage(
     matvec: MatVec,
+    vector: PyTree[Array],
     p: Progress,
     target: Scalar,
     budget: int,
@@ -166,19 +177,26 @@ def gmres_stage(
 ) -> Progress:
     """Restarted GMRES."""
     x, r, info = gmres(
-        matvec, p.x, p.r, target=target, max_steps=budget, restart=restart, preconditioner=precondition
+        matvec,
+        vector,
+        p.x,
+        p.r,
+        target=target,
+        max_steps=budget,
+        restart=restart,
+        preconditioner=precondition,
     )
     failure = _failure(p, jnp.asarray(False), info.num_matvecs >= budget)
     return _improved(p, x, r, info.num_matvecs, method)._replace(failure=failure)
 
 
-def lu_stage(operator: lx.AbstractLinearOperator, p: Progress) -> Progress:
+def lu_stage(operator: lx.AbstractLinearOperator, vector: PyTree[Array], p: Progress) -> Progress:
     """The matrix written out and factorised, whatever its definiteness: the last word on singularity."""
     f = factorise(written_out(operator), 0)
-    structure = structure_of(p.r)
-    correction = f.solve(ravel(p.r, f.matrix.dtype))
-    r = tree_sub(p.r, unravel(f.multiply(correction), structure))
-    after = _improved(p, tree_add(p.x, unravel(correction, structure)), r, jnp.asarray(0), Method.lu_fallback)
+    structure, dtype = structure_of(p.r), f.matrix.dtype
+    x = ravel(p.x, dtype) + f.solve(ravel(p.r, dtype))
+    r = ravel(vector, dtype) - f.multiply(x)
+    after = _improved(p, unravel(x, structure), unravel(r, structure), jnp.asarray(0), Method.lu_fallback)
     singular = _is_singular(f)
     return after._replace(
         failure=_failure(p, singular, jnp.asarray(False)), singular=singular, condition=1 / f.rcond

@@ -36,7 +36,9 @@ class _Cycle(NamedTuple):
     finished: Bool[Array, ""]
 
 
-def _rotate(column: Float[Array, " m1"], cosines: Array, sines: Array, count: Int[Array, ""]) -> Float[Array, " m1"]:
+def _rotate(
+    column: Float[Array, " m1"], cosines: Array, sines: Array, count: Int[Array, ""]
+) -> Float[Array, " m1"]:
     """Apply the first `count` Givens rotations to a column of the Hessenberg matrix."""
 
     def one(i: Array, h: Array) -> Array:
@@ -116,6 +118,7 @@ class _Carry(NamedTuple):
 
 def gmres(
     matvec: MatVec,
+    rhs: PyTree[Array],
     x: PyTree[Array],
     r: PyTree[Array],
     *,
@@ -151,12 +154,12 @@ def gmres(
         coefficients, basis, steps = _cycle(
             apply, ravel(c.r, dtype), 0.9 * target, restart, max_steps - c.num_matvecs
         )
-        step = precondition(unravel(coefficients @ basis[:-1], structure))
-        r = tree_sub(c.r, matvec(step))
+        x = tree_add(c.x, precondition(unravel(coefficients @ basis[:-1], structure)))
+        r = tree_sub(rhs, matvec(x))
         residual_norm = tree_norm(r)
         better = residual_norm < c.residual_norm
         return _Carry(
-            tree_where(better, tree_add(c.x, step), c.x),
+            tree_where(better, x, c.x),
             tree_where(better, r, c.r),
             jnp.where(better, residual_norm, c.residual_norm),
             c.num_matvecs + steps + 1,
@@ -165,5 +168,7 @@ def gmres(
         )
 
     end = jax.lax.while_loop(unfinished, body, begin)
-    info = GMRESInfo(end.num_matvecs, end.residual_norm, end.residual_norm <= target, end.stalled, end.nonfinite)
+    info = GMRESInfo(
+        end.num_matvecs, end.residual_norm, end.residual_norm <= target, end.stalled, end.nonfinite
+    )
     return end.x, end.r, info

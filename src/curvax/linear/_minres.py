@@ -46,7 +46,7 @@ class MINRES(lx.AbstractLinearSolver[_State]):
     Args:
         rtol: Tolerance relative to ‖b‖, at least 0; not both tolerances may be 0.
         atol: Absolute tolerance.
-        max_steps: Budget of products with A; by default 10 times the size, within [500, 20 000].
+        max_steps: Budget of products with A; by default 40 times the size, within [1000, 100 000].
 
     Raises:
         ValueError: The operator is not square or not tagged symmetric, or an option does not fit.
@@ -101,6 +101,7 @@ class MINRES(lx.AbstractLinearSolver[_State]):
         x, r = start_and_residual(state.mv, vector, options)
         solution, _, info = minres(
             state.mv,
+            vector,
             x,
             r,
             target=tolerance(self.rtol, self.atol, vector),

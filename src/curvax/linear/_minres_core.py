@@ -59,7 +59,12 @@ class _Lanczos(NamedTuple):
 
 
 def _pass(
-    matvec: MatVec, precondition: MatVec, rhs: PyTree[Array], target: Scalar, budget: Int[Array, ""], rounding: Scalar
+    matvec: MatVec,
+    precondition: MatVec,
+    rhs: PyTree[Array],
+    target: Scalar,
+    budget: Int[Array, ""],
+    rounding: Scalar,
 ) -> _Lanczos:
     """MINRES from zero until the recursive residual is at most `target`."""
     dtype = tree_dtype(rhs)
@@ -137,6 +142,7 @@ class _Carry(NamedTuple):
 
 def minres(
     matvec: MatVec,
+    rhs: PyTree[Array],
     x: PyTree[Array],
     r: PyTree[Array],
     *,
@@ -163,8 +169,8 @@ def minres(
     def body(c: _Carry) -> _Carry:
         end = _pass(matvec, precondition, c.r, 0.9 * target, max_steps - c.num_matvecs, rounding)
         x = tree_add(c.x, end.x)
-        # b − A(x + d) from r and d alone: one product, no copy of b in the loop.
-        r = tree_sub(c.r, matvec(end.x))
+        # Not r − Ad: that would forget the rounding of x + d and report residuals below what x has.
+        r = tree_sub(rhs, matvec(x))
         residual_norm = tree_norm(r)
         better = residual_norm < c.residual_norm
         return _Carry(

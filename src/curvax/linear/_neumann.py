@@ -123,9 +123,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
         target = tolerance(self.rtol, self.atol, vector)
         x, r = start_and_residual(operator.mv, vector, options)
         norm = tree_norm(r)
-        begin = _Carry(
-            x, r, norm, x, norm, norm, jnp.zeros((), dtype), jnp.asarray(0), jnp.asarray(False)
-        )
+        begin = _Carry(x, r, norm, x, norm, norm, jnp.zeros((), dtype), jnp.asarray(0), jnp.asarray(False))
         # Beyond this growth the digits of b are lost.
         limit = norm / jnp.finfo(dtype).eps
 

@@ -16,7 +16,9 @@ _T = TypeVar("_T")
 
 def check_square(name: str, operator: lx.AbstractLinearOperator) -> None:
     """Raise `ValueError` unless `operator` maps a space to itself."""
-    same = jax.tree.structure(operator.in_structure()) == jax.tree.structure(operator.out_structure()) and all(
+    same = jax.tree.structure(operator.in_structure()) == jax.tree.structure(
+        operator.out_structure()
+    ) and all(
         a.shape == b.shape and a.dtype == b.dtype
         for a, b in zip(
             jax.tree.leaves(operator.in_structure()), jax.tree.leaves(operator.out_structure()), strict=True
@@ -32,7 +34,9 @@ def check_square(name: str, operator: lx.AbstractLinearOperator) -> None:
 def is_symmetric(operator: lx.AbstractLinearOperator) -> bool:
     """Whether a real operator is tagged symmetric or definite."""
     return bool(
-        lx.is_symmetric(operator) or lx.is_positive_semidefinite(operator) or lx.is_negative_semidefinite(operator)
+        lx.is_symmetric(operator)
+        or lx.is_positive_semidefinite(operator)
+        or lx.is_negative_semidefinite(operator)
     )
 
 
@@ -42,7 +46,9 @@ def check_tolerances(name: str, rtol: Any, atol: Any, max_steps: int | None) -> 
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"`{label}` of `{name}` must be at least 0, got {value}.")
     if isinstance(rtol, int | float) and isinstance(atol, int | float) and rtol == 0 and atol == 0:
-        raise ValueError(f"`{name}` needs `rtol` or `atol` above 0: no solve in floating point reaches residual 0.")
+        raise ValueError(
+            f"`{name}` needs `rtol` or `atol` above 0: no solve in floating point reaches residual 0."
+        )
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"The step budget of `{name}` must be at least 1, got {max_steps}.")
 
@@ -77,7 +83,9 @@ def start_and_residual(
     return y0, tree_sub(vector, matvec(y0))
 
 
-def preconditioner_of(name: str, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> MatVec | None:
+def preconditioner_of(
+    name: str, operator: lx.AbstractLinearOperator, options: dict[str, Any]
+) -> MatVec | None:
     """Products with `options["preconditioner"]`, linearised; None where there is none."""
     preconditioner = options.get("preconditioner")
     if preconditioner is None:
@@ -111,11 +119,15 @@ def run_if(needed: Bool[Array, ""], compute: Callable[[_T], _T], otherwise: _T) 
     A loop of at most one turn instead of `lax.cond`: under `vmap` a `cond` becomes a select that
     always computes both sides, a loop runs only while some example needs it.
     """
-    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), compute(c[1])), (needed, otherwise))[1]
+    return jax.lax.while_loop(
+        lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), compute(c[1])), (needed, otherwise)
+    )[1]
 
 
 def final_result(
-    converged: Bool[Array, ""], failures: tuple[tuple[Bool[Array, ""], lx.RESULTS], ...], otherwise: lx.RESULTS
+    converged: Bool[Array, ""],
+    failures: tuple[tuple[Bool[Array, ""], lx.RESULTS], ...],
+    otherwise: lx.RESULTS,
 ) -> lx.RESULTS:
     """`successful` if converged, else the first failure that holds, else `otherwise`."""
     result = otherwise

@@ -64,7 +64,9 @@ def split(name: str, tree: PyTree) -> tuple[PyTree[Array], PyTree]:
             "(`jnp.asarray(...)`): Python numbers count as constants."
         )
     if any(jnp.iscomplexobj(leaf) for leaf in leaves):
-        raise ValueError(f"`{name}` has a complex leaf; curvature operators are real. Split it into two real leaves.")
+        raise ValueError(
+            f"`{name}` has a complex leaf; curvature operators are real. Split it into two real leaves."
+        )
     return dynamic, rest
 
 
@@ -112,7 +114,9 @@ def as_tags(tags: object | Iterable[object]) -> frozenset[object]:
 def check_scalar(name: str, fn: Callable, *args: Any) -> None:
     """Raise unless `fn(*args)` is one real scalar."""
     out = eqx.filter_eval_shape(fn, *args)
-    if not (isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating)):
+    if not (
+        isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating)
+    ):
         found = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", out)
         raise ValueError(f"`{name}` must return one real scalar, found {found}. Sum or average its output.")
 

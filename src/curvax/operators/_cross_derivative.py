@@ -59,7 +59,9 @@ class CrossDerivative(AbstractDerivativeOperator):
 
     def transpose(self) -> "CrossDerivative":
         """Bᵀ = ∂²fn/∂φ∂θ, its products forward-over-reverse too."""
-        return CrossDerivative(self.fn, self.theta, self.phi, not self.transposed, lx.transpose_tags(self.tags))
+        return CrossDerivative(
+            self.fn, self.theta, self.phi, not self.transposed, lx.transpose_tags(self.tags)
+        )
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the inexact leaves of φ (transposed: of θ)."""

@@ -9,7 +9,15 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from curvax._pytree import tree_scale
-from curvax.operators._base import AbstractDerivativeOperator, as_arrays, as_tags, capture, check_scalar, split, structure
+from curvax.operators._base import (
+    AbstractDerivativeOperator,
+    as_arrays,
+    as_tags,
+    capture,
+    check_scalar,
+    split,
+    structure,
+)
 
 
 class GaussNewton(AbstractDerivativeOperator):
@@ -72,7 +80,8 @@ def _num_examples(inputs: PyTree[Array]) -> int:
 
 def _check_examples(inputs: PyTree[Array], targets: PyTree[Array]) -> None:
     shapes = {
-        name: [leaf.shape for leaf in jax.tree.leaves(tree)] for name, tree in (("inputs", inputs), ("targets", targets))
+        name: [leaf.shape for leaf in jax.tree.leaves(tree)]
+        for name, tree in (("inputs", inputs), ("targets", targets))
     }
     if not shapes["inputs"]:
         raise ValueError("`inputs` has no array leaf: the examples lie along its leading axis.")
@@ -146,4 +155,3 @@ def gauss_newton(
     loss_fn = capture(loss_fn, outputs, y)
     check_scalar("loss_fn", loss_fn, outputs, y)
     return GaussNewton(model_fn, loss_fn, dynamic, rest, inputs, targets, as_tags(tags) | {lx.symmetric_tag})
-

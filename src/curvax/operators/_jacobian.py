@@ -110,7 +110,9 @@ def residual_jacobian(
     captured, dynamic = capture_args(fn, theta, args)
     residual = _InexactOutput(captured)
     if not jax.tree.leaves(jax.eval_shape(residual, dynamic)):
-        raise ValueError("`fn` returns no floating-point array leaf, so it has no Jacobian. Return JAX arrays.")
+        raise ValueError(
+            "`fn` returns no floating-point array leaf, so it has no Jacobian. Return JAX arrays."
+        )
     return Jacobian(residual, dynamic, False, as_tags(tags))
 
 
