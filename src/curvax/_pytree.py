@@ -125,3 +125,10 @@ def stop_gradient(x: PyTree) -> PyTree:
     """`lax.stop_gradient` on the inexact arrays of any pytree (functions and integers pass)."""
     dynamic, static = eqx.partition(x, eqx.is_inexact_array)
     return eqx.combine(jax.lax.stop_gradient(dynamic), static)
+
+
+def strong(x: PyTree) -> PyTree:
+    """Arrays without weak types: `jnp.full(shape, 1.0)` and its strongly typed sum with something are two programs."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf, x
+    )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from curvax._pytree import tree_dtype, tree_zeros_like
+from curvax._pytree import strong, tree_dtype, tree_zeros_like
 from curvax._results import RESULTS, describe
 from curvax.bilevel._data import is_sampler
 from curvax.bilevel._door import check_inner_solver, check_key, make_task, split
@@ -181,6 +181,7 @@ def hypergradient(
         stochastic_steps=isinstance(inner_solver, Steps) and is_sampler(inner_data),
         has_rollout=isinstance(inner_solver, Steps),
     )
+    phi, theta0, inner_data, outer_data = strong((phi, theta0, inner_data, outer_data))
     rule, inner_solver = _tolerances_as_arrays(rule), _tolerances_as_arrays(inner_solver)
     out, no_influence = _compiled(problem, phi, theta0, inner_solver, rule, (inner_data, outer_data), state)
     if not throw:

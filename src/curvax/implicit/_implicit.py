@@ -192,8 +192,9 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             own = ConjugateGradientStage(self.preconditioner, None)
         if solver is not None:
             first = LineaxStage(solver, self.preconditioner, symmetric)
-            checked = own is not None and self.rtol is not None
-            return (CheckedStage(first, own) if checked else first), None
+            if own is not None and self.rtol is not None:
+                return CheckedStage(first, own), None
+            return first, None
         if own is not None:
             return own, None
         tolerance = jnp.finfo(tree_dtype(task.theta0)).eps ** 0.5

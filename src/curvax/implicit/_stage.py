@@ -51,7 +51,7 @@ class StageInfo(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One solve: A x = b or Aᵀ x = b, plus `damping` on the diagonal, to a relative forward error `rtol`.
+    """One solve: A x = b or Aᵀ x = b, plus `damping` on the diagonal, to a forward error `rtol` or `atol`.
 
     `reference` is what x will be added to when the error is to be relative to the sum (else zeros).
     """
@@ -62,6 +62,7 @@ class Request(NamedTuple):
     correction: Bool[Array, ""]
     amplified: Bool[Array, ""]
     rtol: Scalar
+    atol: Scalar
     damping: Scalar
     reference: PyTree[Array]
     curvature_min: Scalar
@@ -100,6 +101,7 @@ class ConjugateGradientStage(AbstractStage):
             lambda v: tree_axpy(request.damping, v, at.apply(v)),
             request.rhs,
             rtol=request.rtol,
+            atol=request.atol,
             max_steps=jnp.where(request.wanted, budget, 0),
             preconditioner=None if operator is None else operator.mv,
             reference=request.reference,

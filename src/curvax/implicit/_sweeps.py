@@ -259,7 +259,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     sweeps_first = state.warm & accuracy.estimated
     loose = jnp.asarray(CORRECTION_RTOL, dtype)
     # A first correction has to win more than a digit when much accuracy is wanted.
-    first_rtol = jnp.clip(jnp.sqrt(accuracy.rtol), 1e-3, CORRECTION_RTOL).astype(dtype)
+    first_rtol = jnp.clip(0.3 * jnp.sqrt(accuracy.rtol), 3e-4, CORRECTION_RTOL).astype(dtype)
     after_inner = POLISH if accuracy.estimated and accuracy.max_sweeps > 1 else FIRST
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi)
     nothing = _Kept(nan, nowhere, start_theta, nan, untouched, nan, nan, inf)
@@ -304,6 +304,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             # In a judged sweep the error of d goes through A⁻¹ once more on its way into the hypergradient.
             amplified=c.phase == SWEEP_THETA,
             rtol=jnp.where(correction, rtol, accuracy.adjoint_rtol),
+            # More than the goal of polishing would be wasted on it.
+            atol=jnp.where(c.phase == POLISH, POLISH_TARGET * accuracy.rtol * found.theta_norm, 0),
             damping=damping,
             reference=tree_where(correction, zero_theta, c.adjoint),
             curvature_min=c.curvature.ritz_min,

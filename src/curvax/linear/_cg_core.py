@@ -131,6 +131,7 @@ def conjugate_gradient(
     rhs: PyTree[Array],
     *,
     rtol: Scalar | float,
+    atol: Scalar | float = 0.0,
     max_steps: Int[Array, ""] | int,
     preconditioner: MatVec | None = None,
     reference: PyTree[Array] | None = None,
@@ -153,6 +154,7 @@ def conjugate_gradient(
         matvec: v ↦ A v.
         rhs: b, a pytree of real floating-point arrays; float32 or float64.
         rtol: Relative forward error wanted of x (or of `reference + x`).
+        atol: Absolute forward error that will do as well.
         max_steps: Budget of products with A.
         preconditioner: r ↦ M⁻¹ r, symmetric positive definite.
         reference: A start q: x is then the correction to it and the error is relative to ‖q + x‖.
@@ -233,7 +235,7 @@ def conjugate_gradient(
             # After a replacement p keeps its conjugate part: p + (r_new − r_old).
             p = tree_where(c.replace, tree_add(c.p, tree_sub(r, c.r)), tree_axpy(beta, c.p, r))
             tighten = jnp.where(amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
-            met = residual_norm + deviation <= wanted * smallest * tighten * total_norm
+            met = residual_norm + deviation <= smallest * tighten * jnp.maximum(wanted * total_norm, atol)
         else:
             z = preconditioner(r)
             gamma = tree_dot(r, z)
@@ -248,9 +250,9 @@ def conjugate_gradient(
             # ‖q + x‖_M needs M q, which is not at hand: scale ‖x‖_M by the ratio of the 2-norms.
             total_metric = jnp.sqrt(x_metric) * total_norm / jnp.where(x_norm > 0, x_norm, 1)
             tighten = jnp.where(amplified, jnp.minimum(1, smallest * x_metric / x_energy), 1)
-            met = (jnp.sqrt(gamma) <= wanted * smallest * tighten * total_metric) & (
-                residual_norm + deviation <= wanted * tighten * own_rayleigh * total_norm
-            )
+            met = (
+                jnp.sqrt(gamma) <= smallest * tighten * jnp.maximum(wanted, atol / total_norm) * total_metric
+            ) & (residual_norm + deviation <= tighten * own_rayleigh * jnp.maximum(wanted * total_norm, atol))
 
         # Each line overrides those before it.
         status = jnp.where(met | (gamma == 0), CONVERGED, RUNNING)
