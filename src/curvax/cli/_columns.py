@@ -9,8 +9,9 @@ from collections import Counter
 
 import numpy as np
 
-from curvax.cli._errors import UsageError, printable, quoted
+from curvax.cli._errors import UsageError
 from curvax.cli._table import Table, is_missing
+from curvax.cli._text import printable, quoted
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\Z", re.ASCII)
 _INFINITE = re.compile(r"[+-]?inf(inity)?\Z", re.IGNORECASE)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvax.cli._errors import printable
+from curvax.cli._text import number, printable
 
 
 class Voice:
@@ -34,7 +34,7 @@ def quality(measures: dict[str, Any] | None) -> str:
         return "–"
     if "accuracy" in measures:
         return f"{100 * measures['accuracy']:.1f} ± {100 * measures['standard_error']:.1f} %"
-    return f"{measures['rmse']:.4g} ± {measures['standard_error']:.2g}"
+    return f"{number(measures['rmse'])} ± {number(measures['standard_error'], 2)}"
 
 
 def quality_name(result: dict[str, Any]) -> str:
@@ -94,7 +94,7 @@ def reference_line(result: dict[str, Any]) -> str | None:
     if not result["references"]:
         return None
     return (
-        "The last two rows are no competitors: 'wrong labels known' trains without the wrong labels, 'validation only' "
+        "The last two rows are no competitors: 'clean rows only' trains without the wrong labels, 'validation only' "
         "trains on the validation split instead of the training split."
     )
 
@@ -129,22 +129,32 @@ def findings(result: dict[str, Any]) -> list[str]:
             f"{hypergradient['relative_error_median']:.1e}, largest {hypergradient['relative_error_largest']:.1e}."
         )
     noise = None if result["label_noise"] is None else noise_line(result)
-    lines = [comparison_line(result), noise, error, reference_line(result), *overfitting(result)]
+    lines = [comparison_line(result), noise, error, reference_line(result), *_overfitting(result)]
     return [line for line in lines if line is not None]
 
 
-def overfitting(result: dict[str, Any]) -> list[str]:
-    """A warning if tuning helped the validation split and did not help the test split."""
-    rows = {row["key"]: row for row in result["methods"]}
-    first, last = rows["untuned"], rows["tuned"]
-    gain = {split: _gain(first[split], last[split]) for split in ("validation", "test")}
-    if gain["validation"] > 0 > gain["test"]:
-        return [
-            "Note: on the test split the tuned model is no better than the untuned one, on the validation split it is: "
-            "the hyperparameters were fitted to the validation split. Fewer groups, fewer --steps or more validation "
-            "rows (--split) help."
-        ]
-    return []
+def stopped_line(result: dict[str, Any]) -> str:
+    """Why the run ended before its last step."""
+    return f"Tuning stopped after step {result['steps']:,} of {result['steps_asked']:,}: {result['stopped']}"
+
+
+def warnings(result: dict[str, Any]) -> list[str]:
+    """What a reader should not miss."""
+    stopped = [] if result["stopped"] is None else [stopped_line(result)]
+    return stopped + _overfitting(result)
+
+
+def _overfitting(result: dict[str, Any]) -> list[str]:
+    """A note if tuning did not help the test split."""
+    rows = {row["key"]: row["test"] for row in result["methods"]}
+    worse = [row["label"] for row in result["methods"][:2] if _gain(rows[row["key"]], rows["tuned"]) < 0]
+    if not worse:
+        return []
+    return [
+        f"Note: on the test split the tuned model is behind {' and '.join(worse)}. Within its standard error that is "
+        "chance; beyond it, the hyperparameters were fitted to the validation split: tune fewer groups (--tune), "
+        "or give it more rows (--split)."
+    ]
 
 
 def _gain(first: dict[str, Any], last: dict[str, Any]) -> float:

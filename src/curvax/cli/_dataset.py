@@ -7,11 +7,12 @@ from collections import Counter
 import numpy as np
 
 from curvax.cli._columns import encode, parse_numbers
-from curvax.cli._errors import UsageError, printable, quoted
+from curvax.cli._errors import UsageError
 from curvax.cli._options import Options
 from curvax.cli._table import Table, is_missing
+from curvax.cli._text import printable, quoted
 
-MIN_ROWS = 30
+MIN_ROWS = 50
 _MAX_CLASSES = 100
 # Numbers with at most this many different whole values are taken as classes.
 _FEW_VALUES = 10
@@ -57,8 +58,8 @@ class Dataset:
 
 
 def generators(seed: int) -> tuple[np.random.Generator, ...]:
-    """Independent streams for the splits and for the corruption, so that one does not shift the other."""
-    return tuple(np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    """Independent streams for the splits, the corruption, and the parts of the validation split."""
+    return tuple(np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
 
 
 def split_rows(strata: np.ndarray, percent: tuple[int, int, int], seed: int) -> tuple[np.ndarray, ...]:

@@ -1,4 +1,4 @@
-"""How the command line says no, and how it prints text that comes from a user's file."""
+"""How the command line says no."""
 
 
 class UsageError(Exception):
@@ -7,17 +7,3 @@ class UsageError(Exception):
 
 class TuningError(Exception):
     """The numerics gave up although data and options are fine: one line and exit code 1."""
-
-
-def printable(text: object, limit: int = 60) -> str:
-    """One line of at most `limit` characters, without control characters.
-
-    A column name may hold line breaks or terminal escape sequences; neither may reach a terminal.
-    """
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def quoted(text: object) -> str:
-    """`printable`, in quotes."""
-    return f"'{printable(text)}'"

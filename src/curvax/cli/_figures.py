@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from curvax.cli._errors import printable
 from curvax.cli._result import Outcome
+from curvax.cli._text import printable
 
 INK, MUTED, LINE = "#1f2937", "#6b7280", "#e5e7eb"
 # Told apart by the colour-blind and in grey.
-BLUE, RED, PALE = "#2b6cb0", "#d9480f", "#bcd3ea"
+BLUE, RED, GREEN, PALE = "#2b6cb0", "#d9480f", "#2f855a", "#bcd3ea"
 _STYLE: dict[str, Any] = {
     "font.size": 9.5,
     "font.family": "sans-serif",
@@ -96,9 +96,15 @@ def _curves(outcome: Outcome) -> Figure:
     steps = np.arange(len(history["value"]))
     figure = _figure(8.2, 2.9)
     left, right = figure.subplots(1, 2)
-    left.plot(steps, history["value"], color=BLUE)
+    stopping, chosen = outcome.stopping, outcome.step
+    left.plot(steps, history["value"], color=BLUE, label="seen by the hypergradient")
+    left.plot(np.arange(len(stopping)), stopping, color=GREEN, linestyle=(0, (4, 1.5)), label="not seen")
+    left.plot(
+        chosen, stopping[chosen], "o", color=GREEN, markersize=7, markeredgecolor="white", label="chosen step"
+    )
     left.set_title("Validation loss")
     left.set_ylim(bottom=0 if history["value"].min() > 0 else None)
+    left.legend(loc="best", fontsize=8.5)
     norm, error = history["grad_norm"], history["error_estimate"]
     right.plot(steps, norm, color=BLUE, label="length of the hypergradient")
     right.plot(steps, error, color=RED, linestyle=(0, (4, 2)), label="its estimated error")
@@ -112,7 +118,7 @@ def _curves(outcome: Outcome) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("outer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlim(0, max(1, len(steps) - 1))
+        axes.set_xlim(-0.4, max(1, len(steps) - 1) + 0.4)
         _grid(axes)
     return figure
 

@@ -1,6 +1,7 @@
 """The report folder: a fresh one, never an old one unasked; and what is needed to go on with it."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -8,14 +9,19 @@ import re
 import shutil
 from typing import Any
 
-from curvax.cli._errors import UsageError, printable, quoted
+import numpy as np
+
+from curvax.cli._errors import UsageError
 from curvax.cli._options import BUNDLED, Options
+from curvax.cli._text import printable, quoted
 
 RUN = "run.json"
 CHECKPOINT = "checkpoint"
 _FORMAT = "curvax tune 1"
 # All that a report folder may hold; --overwrite removes these and nothing else.
-_FILES = re.compile(r"(run|result|hyperparameters)\.json|hyperparameters\.npz|report\.html|[a-z_]+\.png")
+_FILES = re.compile(
+    r"(run|result|hyperparameters)\.json|(hyperparameters|best)\.npz|report\.html|[a-z_]+\.png"
+)
 
 
 def create(options: Options, digest: str) -> pathlib.Path:
@@ -108,6 +114,18 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     """Write plain values; the file is replaced at once, never left half written."""
     text = json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False)
     write_bytes(path, (text + "\n").encode("ascii"))
+
+
+def write_npz(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Write arrays of numbers or text; objects, which only pickle could store, are refused.
+
+    Args:
+        path: File name.
+        arrays: Name to array.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:

@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from curvax.cli._errors import TuningError, UsageError, printable
+from curvax.cli._errors import TuningError, UsageError
 from curvax.cli._options import parse
+from curvax.cli._text import printable
 
 _INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 

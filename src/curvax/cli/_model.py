@@ -2,6 +2,11 @@
 
 All three are layers `x @ weight + bias` with tanh between them: none hidden for `logistic` and `ridge`, one for
 `mlp`. The task decides the loss.
+
+Penalties pull a hidden layer towards its random start, not towards zero (Li, Grandvalet and Davoine, Explicit
+inductive bias for transfer learning with convolutional networks, 2018, arXiv:1802.01483). At zero the
+units of an mlp die under a large penalty and stay dead at a saddle point under a smaller one: the inner solution
+is then no minimum, and has no hypergradient.
 """
 
 from typing import Any
@@ -64,13 +69,14 @@ def losses(theta: Layers, batch: dict[str, Array]) -> Float[Array, " n"]:
     return 0.5 * (outputs[:, 0] - y) ** 2
 
 
-def inner(theta: Layers, phi: Phi, batch: dict[str, Array]) -> Float[Array, ""]:
+def inner(theta: Layers, phi: Phi, batch: dict[str, Any]) -> Float[Array, ""]:
     """Weighted mean loss on the training split plus the penalties.
 
     Args:
         theta: The layers.
         phi: The hyperparameters.
-        batch: `x`, `y` and `mask`, a fixed weight of each example (1, or 0 to leave it out).
+        batch: `x`, `y`, `mask` (a fixed weight of each example: 1, or 0 to leave it out) and `start` (the weights
+            of the hidden layers before training).
 
     Returns:
         The loss that training minimises.
@@ -79,8 +85,8 @@ def inner(theta: Layers, phi: Phi, batch: dict[str, Array]) -> Float[Array, ""]:
     labels = y if jnp.issubdtype(y.dtype, jnp.integer) else None
     weights = batch["mask"] * example_weights(phi, labels, y.shape[0])
     value = jnp.sum(weights * losses(theta, batch)) / jnp.sum(batch["mask"])
-    for layer, penalty in zip(theta, penalties(phi, theta), strict=True):
-        value = value + 0.5 * jnp.sum(penalty * layer["weight"] ** 2)
+    for layer, penalty, start in zip(theta, penalties(phi, theta), [*batch["start"], 0.0], strict=True):
+        value = value + 0.5 * jnp.sum(penalty * (layer["weight"] - start) ** 2)
         value = value + 0.5 * BIAS_PENALTY * jnp.sum(layer["bias"] ** 2)
     return value
 

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from curvax.cli._errors import UsageError, printable
+from curvax.cli._errors import UsageError
+from curvax.cli._text import printable
 
 MODELS = ("logistic", "ridge", "mlp")
 TASKS = ("classification", "regression")
@@ -143,7 +144,12 @@ def parser() -> argparse.ArgumentParser:
     add("--target", metavar="COLUMN", help="the column to be predicted (needed for a file)")
     add("--task", choices=TASKS, help="default: detected from the target")
     add("--model", choices=MODELS, help="default: logistic for classification, ridge for regression")
-    add("--tune", type=_groups, metavar="GROUPS", help="default: sample-weights,l2-per-feature")
+    add(
+        "--tune",
+        type=_groups,
+        metavar="GROUPS",
+        help="default: l2-per-feature, and sample-weights from 200 validation rows on or with --corrupt",
+    )
     add("--steps", type=_integer(1, 100_000, "a number"), metavar="N", help="outer steps (default 40)")
     add(
         "--seed", type=_integer(0, 2**32 - 1, "a number"), metavar="N", help="of splits and start (default 0)"

@@ -10,20 +10,21 @@ from curvax.cli._console import (
     comparison_line,
     heading,
     noise_line,
-    overfitting,
     quality,
     quality_name,
     reference_line,
     seconds,
+    warnings,
 )
-from curvax.cli._errors import printable
 from curvax.cli._options import Options
 from curvax.cli._result import Outcome
 from curvax.cli._style import CSS
+from curvax.cli._text import number, printable
 
 _CAPTIONS = {
-    "curves": "The loss on the validation split that tuning brings down, and the length of the hypergradient beside the "
-    "estimate of its error: as long as the dashed line is far below the other, the direction can be trusted.",
+    "curves": "Left: the loss on the part of the validation split that the hypergradients see, on the part that they do not, "
+    "and the step that the second one chose. Right: the length of the hypergradient and the estimate of its error; as "
+    "long as the dashed line is far below the other, the direction can be trusted.",
     "weights": "All training examples start with weight 1. Examples that make the validation loss worse lose theirs.",
     "lowest_weights": "The training images with the lowest weights, each with the label that it was given and the one "
     "that the tuned model reads. Red: a label that was made wrong.",
@@ -57,7 +58,7 @@ def render(outcome: Outcome, result: dict[str, Any], pictures: dict[str, bytes])
         f"<p>{_text(heading(result), 400)}</p>",
         "</header>",
         _cards(result),
-        *[f'<p class="warning">{_text(line, 600)}</p>' for line in overfitting(result)],
+        *[f'<p class="warning">{_text(line, 800)}</p>' for line in warnings(result)],
         "<h2>Comparison</h2>",
         _comparison(result),
         "<h2>The run</h2>",
@@ -105,7 +106,7 @@ def _cards(result: dict[str, Any]) -> str:
     if is_class:
         value, other = f"{100 * rows['tuned']['accuracy']:.1f} %", f"{100 * rows['grid']['accuracy']:.1f} %"
     else:
-        value, other = f"{rows['tuned']['rmse']:.4g}", f"{rows['grid']['rmse']:.4g}"
+        value, other = number(rows["tuned"]["rmse"]), number(rows["grid"]["rmse"])
     cards = [
         (value, f"test {quality_name(result)} tuned; {other} by grid search"),
         (f"{result['hyperparameters']['total']:,}", f"hyperparameters in {result['steps']:,} steps"),
@@ -114,7 +115,8 @@ def _cards(result: dict[str, Any]) -> str:
         cards.append((f"{result['label_noise']['auc']:.3f}", "AUC of the weights in finding wrong labels"))
     error = result["hypergradient"]["relative_error_median"]
     if error is not None:
-        cards.append((f"{100 * error:.2g} %", "estimated relative error of a hypergradient (median)"))
+        text = f"{100 * error:.2g} %" if error >= 1e-5 else f"{error:.0e}"
+        cards.append((text, "estimated relative error of a hypergradient (median)"))
     inside = "".join(f'<div class="card"><b>{_text(a)}</b><span>{_text(b)}</span></div>' for a, b in cards)
     return f'<div class="cards">{inside}</div>'
 
@@ -131,7 +133,7 @@ def _comparison(result: dict[str, Any]) -> str:
     lines = []
     for row, kind in rows:
         width = 100 * error(row) / largest
-        shown = f"{100 * error(row):.1f} %" if is_class else f"{error(row):.4g}"
+        shown = f"{100 * error(row):.1f} %" if is_class else ""
         style = "tuned" if row["key"] == "tuned" else kind
         lines.append(
             f'<tr class="{style}"><td>{_text(row["label"])}<small>{_text(row["setting"])}</small></td>'
@@ -141,8 +143,8 @@ def _comparison(result: dict[str, Any]) -> str:
             f"<td>{seconds(row['seconds'])}</td></tr>"
         )
     head = (
-        f"<tr><th></th><th>hyper­parameters</th><th>inner solves</th><th>validation {name}</th><th>test {name}</th>"
-        "<th>test error</th><th>time</th></tr>"
+        f"<tr><th></th><th>hyper&shy;parameters</th><th>inner solves</th><th>validation {name}</th><th>test {name}</th>"
+        f"<th>{'test error' if is_class else ''}</th><th>time</th></tr>"
     )
     note = (
         '<p class="note">± is one standard error of the test (or validation) split. The validation column is what '
@@ -203,10 +205,11 @@ def _method(outcome: Outcome, result: dict[str, Any]) -> str:
         f"Each hypergradient comes with an estimate of its error. Median {_number(hypergradient['relative_error_median'])}, "
         f"largest {_number(hypergradient['relative_error_largest'])} of its length; {hypergradient['products']:,} products "
         "with the curvature of the training loss in all.",
-        f"The number of steps was fixed beforehand: {result['hyperparameters']['total']:,} hyperparameters can fit "
-        f"{data['validation']:,} validation rows too closely, and stopping early is what keeps them from it.",
+        f"{result['hyperparameters']['total']:,} hyperparameters can fit {data['validation']:,} validation rows too closely. "
+        "So 30 % of the validation split do not enter the hypergradients: they choose the step at which to stop "
+        f"({result['chosen_step']:,} of {steps:,} here). The grid search chooses by the whole validation split.",
         f"The grid search had {steps + 1:,} inner solves, as many as the tuned run, over penalties from {largest:g} to "
-        f"{smallest:g}, and kept the best on the validation split.",
+        f"{smallest:g}, and kept the best.",
     ]
     if data["wrong_labels"] is not None:
         items.append(

@@ -1,7 +1,6 @@
 """What a run found, in plain values: `result.json`, the hyperparameters, the suspicious examples."""
 
 import dataclasses
-import io
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from curvax.cli._baselines import Row
 from curvax.cli._hyperparameters import Layers, Phi, count, example_weights, penalties
 from curvax.cli._measures import auc
 from curvax.cli._plan import Plan, describe
+from curvax.cli._text import number
 
 _NUM_LOWEST = 40
 
@@ -28,6 +28,9 @@ class Outcome:
         theta: The model trained with them.
         outputs: Its outputs on the training examples.
         history: Of the outer loop, name to array.
+        stopping: Loss on the stopping part of the validation split at each step.
+        step: The step that was chosen by it: `phi` and `theta` are those there.
+        stopped: Why the run ended before its last step, None if it did not.
         resumed: Whether the run was interrupted and gone on with: its seconds are then those since.
     """
 
@@ -39,6 +42,9 @@ class Outcome:
     theta: Layers
     outputs: np.ndarray
     history: dict[str, np.ndarray]
+    stopping: np.ndarray
+    step: int
+    stopped: str | None
     resumed: bool
 
     def weights(self) -> np.ndarray | None:
@@ -63,7 +69,7 @@ def _finite(value: Any) -> Any:
 
 def target_text(plan: Plan, value: Any) -> str:
     """A target as a person writes it: class name, or number."""
-    return plan.data.classes[int(value)] if plan.data.classes else f"{float(value):.6g}"
+    return plan.data.classes[int(value)] if plan.data.classes else number(float(value), 6)
 
 
 def predictions(outcome: Outcome) -> np.ndarray:
@@ -131,6 +137,9 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "curvax": version("curvax"),
         **describe(outcome.plan),
         "steps": len(history["value"]) - 1,
+        "chosen_step": outcome.step,
+        "steps_asked": outcome.plan.options.steps,
+        "stopped": outcome.stopped,
         "resumed": outcome.resumed,
         "hyperparameters": {**counts, "total": sum(counts.values())},
         "methods": [_row(row) for row in outcome.rows],
@@ -144,7 +153,8 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         },
         "label_noise": noise,
         "lowest_weights": lowest(outcome),
-        "history": {name: [_finite(x) for x in values] for name, values in history.items()},
+        "history": {name: [_finite(x) for x in values] for name, values in history.items()}
+        | {"stopping_loss": [_finite(x) for x in outcome.stopping]},
     }
 
 
@@ -196,14 +206,14 @@ def hyperparameters_json(outcome: Outcome) -> dict[str, Any]:
     return result
 
 
-def hyperparameters_npz(outcome: Outcome) -> bytes:
-    """The tuned hyperparameters and the model as plain arrays (`numpy.load(..., allow_pickle=False)` reads them).
+def hyperparameters_arrays(outcome: Outcome) -> dict[str, np.ndarray]:
+    """The tuned hyperparameters and the model as plain arrays, for `hyperparameters.npz`.
 
     Args:
         outcome: The run.
 
     Returns:
-        The file's content. `phi…` are the raw values, `theta…` the parameters, `penalty_k` and `weights` the natural
+        Name to array: `phi…` are the raw values, `theta…` the parameters, `penalty_k` and `weights` the natural
         values, `train_rows` the row number of each training example.
     """
     arrays: dict[str, Any] = {"train_rows": outcome.plan.data.train}
@@ -215,9 +225,7 @@ def hyperparameters_npz(outcome: Outcome) -> bytes:
     weights = outcome.weights()
     if weights is not None:
         arrays["weights"] = weights
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
+    return arrays
 
 
 def _key(entry: Any) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import os
 import pathlib
 
-from curvax.cli._errors import UsageError, printable, quoted
+from curvax.cli._errors import UsageError
+from curvax.cli._text import printable, quoted
 
 _DELIMITERS = {",": "a comma", "\t": "a tab", ";": "a semicolon"}
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})

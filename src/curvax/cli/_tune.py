@@ -14,9 +14,11 @@ import curvax as cx
 from curvax._results import describe
 from curvax.cli import _baselines, _console, _folder, _model, _plan, _result
 from curvax.cli import _hyperparameters as hyper
-from curvax.cli._errors import TuningError, UsageError, quoted
+from curvax.cli._errors import TuningError, UsageError
+from curvax.cli._keeper import Keeper
 from curvax.cli._measures import compare
 from curvax.cli._options import Options
+from curvax.cli._text import quoted
 
 # Loose for the convex models, since the rule's own correction sweeps take over from there. The loss of an mlp is
 # flat in many directions: a loose solve stops where its curvature is not yet that of a minimum.
@@ -35,6 +37,7 @@ def tune(options: Options, resume: str | None, given: frozenset[str]) -> None:
 
     Raises:
         UsageError: If options or data cannot be used.
+        TuningError: If the numerics gave up; what was reached is in the report.
         KeyboardInterrupt: On Ctrl-C, with a text that says how to go on.
     """
     # An application of its own: double precision costs little at this size, and makes the error estimates sharp.
@@ -73,12 +76,15 @@ def _run(plan: _plan.Plan, folder: pathlib.Path, *, resumed: bool) -> None:
     elif options.quiet:
         print(report)
     voice.say(f"Report: {report}")
+    if outcome.stopped is not None:
+        raise TuningError(f"{_console.stopped_line(result)} The report shows what was reached.")
 
 
 def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.Outcome:
     """Baselines, tuning, final training."""
-    options, batches = plan.options, plan.batches()
+    options = plan.options
     theta0 = _model.init(plan.sizes, options.seed)
+    batches = plan.batches(theta0)
     tolerance = MLP_TOLERANCE if plan.model == "mlp" else TOLERANCE
     solver: Any = optx.LBFGS(rtol=tolerance, atol=tolerance)
     trainer = _baselines.Trainer(solver, plan.scale)
@@ -93,6 +99,7 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
 
     begin = time.perf_counter()
     phi0 = hyper.start(plan.groups, len(plan.data.train), len(plan.data.classes), theta0)
+    keeper = Keeper(folder, batches["stopping"], phi0, theta0)
     solution = cx.minimise(
         _model.problem(),
         phi0,
@@ -102,17 +109,17 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
         optimizer=hyper.optimizer(plan.groups),
         num_steps=options.steps,
         inner_data=batches["train"],
-        outer_data=batches["validation"],
+        outer_data=batches["tuning"],
+        callbacks=[cx.Every(1, keeper)],
         checkpoint=cx.Checkpoint(folder / _folder.CHECKPOINT, every_seconds=10.0),
         progress=False if options.quiet or options.json else None,
         throw=False,
     )
-    if solution.result != cx.RESULTS.successful:
-        raise TuningError(
-            f"tuning stopped after step {solution.num_steps} of {options.steps}: {describe(solution.result)}"
-        )
+    if len(solution.history) == 0:
+        raise TuningError(f"no hypergradient could be had at the start: {describe(solution.result)}")
     seconds = time.perf_counter() - begin
     total = sum(hyper.count(phi0).values())
+    step, phi, theta = keeper.best()
     rows.append(
         _baselines.Row(
             key="tuned",
@@ -120,28 +127,29 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
             num_hyperparameters=total,
             num_solves=num_solves,
             seconds=seconds,
-            validation=trainer.measure(solution.theta, batches["validation"]),
-            test=trainer.measure(solution.theta, batches["test"]),
+            validation=trainer.measure(theta, batches["validation"]),
+            test=trainer.measure(theta, batches["test"]),
             setting=", ".join(plan.groups),
-            theta=solution.theta,
+            theta=theta,
         )
     )
     history = {
         f.name: np.asarray(getattr(solution.history, f.name)) for f in dataclasses.fields(solution.history)
     }
     test = batches["test"]
-    pairs = compare(
-        trainer.outputs(solution.theta, test), trainer.outputs(rows[1].theta, test), np.asarray(test["y"])
-    )
+    pairs = compare(trainer.outputs(theta, test), trainer.outputs(rows[1].theta, test), np.asarray(test["y"]))
     return _result.Outcome(
         plan=plan,
         rows=rows,
         references=references,
         against_grid=pairs,
-        phi=solution.phi,
-        theta=solution.theta,
-        outputs=trainer.outputs(solution.theta, batches["train"]),
+        phi=phi,
+        theta=theta,
+        outputs=trainer.outputs(theta, batches["train"]),
         history=history,
+        stopping=keeper.losses,
+        step=step,
+        stopped=None if solution.result == cx.RESULTS.successful else describe(solution.result),
         resumed=resumed,
     )
 
@@ -152,7 +160,7 @@ def _write(folder: pathlib.Path, outcome: _result.Outcome, result: dict[str, Any
 
     _folder.write_json(folder / "result.json", result)
     _folder.write_json(folder / "hyperparameters.json", _result.hyperparameters_json(outcome))
-    _folder.write_bytes(folder / "hyperparameters.npz", _result.hyperparameters_npz(outcome))
+    _folder.write_npz(folder / "hyperparameters.npz", _result.hyperparameters_arrays(outcome))
     pictures = _figures.draw(outcome, result)
     for name, content in pictures.items():
         _folder.write_bytes(folder / f"{name}.png", content)
