@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 import curvax as cx
 from helpers import chains, compare, problems, run
 from helpers.dense import refined_solve, rotated
-from helpers.polish import polish
+from helpers.polish import polisher
 from helpers.problem import as_numpy
 from helpers.quadratics import quadratic_case
 
@@ -180,11 +180,10 @@ def digits():
         (phi, train),
         max_steps=2000,
     ).value
-    polished = jax.jit(lambda t: polish(softmax_inner, softmax_loss, t, phi, train, validation, steps=4))(
-        start
-    )
-    assert float(polished.residual) < 1e-12
-    return phi, train, validation, np.asarray(polished.grad).reshape(64, 10)
+    polish = polisher(softmax_inner, softmax_loss, start, phi, steps=4)
+    polished = polish(start, phi, train, validation)
+    assert polished.residual < 1e-12 < polished.smallest_eigenvalue
+    return phi, train, validation, polished.grad.reshape(64, 10)
 
 
 @pytest.mark.slow

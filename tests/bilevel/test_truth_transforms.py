@@ -12,7 +12,7 @@ import pytest
 
 import curvax as cx
 from helpers import compare, problems, run
-from helpers.polish import polish
+from helpers.polish import polisher
 from helpers.regression import ridge_features
 from helpers.tasks import quadratic_tasks, task_inner, task_outer
 
@@ -198,14 +198,13 @@ def test_equinox_mlp_as_theta():
         outer_data=(x[:6], y[:6]),
     )
     params, static = eqx.partition(hg.theta, eqx.is_inexact_array)
-    truth = polish(
+    polish = polisher(
         lambda p, phi, b: inner(eqx.combine(p, static), phi, b),
         lambda p, phi, b: outer(eqx.combine(p, static), phi, b),
         params,
         jnp.asarray(-4.0),
-        (x, y),
-        (x[:6], y[:6]),
     )
+    truth = polish(params, jnp.asarray(-4.0), (x, y), (x[:6], y[:6]))
     assert float(truth.smallest_eigenvalue) > 0 and float(truth.distance) < 1e-2
     assert compare.relative_error(hg.grad, truth.grad[0]) <= 2e-4
 

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 def flags(result):
     """Whether the result is a failure that says that the estimate means nothing."""
-    return jnp.any(jnp.stack([result == failure for failure in FAILURES.values()]))
+    return jnp.any(jnp.stack([result == failure for failure in FAILURES.values()]), axis=0)
 
 
 def measure(stack: Stack, rtols, *, rule=cx.Implicit, solver=STAY, problem=PROBLEM, **options) -> Row:

@@ -47,7 +47,7 @@ def logistic_problem(seed, n=12, rows=60, strength=(-7.0, -2.0)):
     return np.zeros(n), rng.uniform(*strength, n), draw(), draw()
 
 
-def network_problem(seed, width=5, n=4, rows=40, strength=(-4.0, -2.5)):
+def network_problem(seed, width=5, n=4, rows=40, strength=(-4.0, -2.5), scale=1.0):
     """(θ₀, φ, inner data, outer data); 31 parameters with strong L2."""
     rng = np.random.default_rng(seed)
     theta = {
@@ -61,7 +61,7 @@ def network_problem(seed, width=5, n=4, rows=40, strength=(-4.0, -2.5)):
 
     def draw():
         x = rng.standard_normal((rows, n))
-        return {"x": x, "y": np.sin(x @ direction) + 0.1 * rng.standard_normal(rows)}
+        return {"x": x, "y": scale * np.sin(x @ direction) + 0.1 * rng.standard_normal(rows)}
 
     return theta, phi, draw(), draw()
 

@@ -1,13 +1,15 @@
 """Truth of a nonlinear problem near a given point: dense Newton in float64, then dense solves.
 
 Truth is polished from the point that was reached, never taken from another minimiser: two minimisers
-may end in two minima, and each has a hypergradient of its own.
+may end in two minima, and each has a hypergradient of its own. The derivatives are JAX's dense ones, compiled
+once per problem; all solves are NumPy's.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 
@@ -15,47 +17,46 @@ class Polished(NamedTuple):
     """A stationary point, its hypergradient (flat), and how far both can be trusted."""
 
     theta: Any
-    grad: Any
-    residual: Any
-    distance: Any
-    smallest_eigenvalue: Any
-    largest_eigenvalue: Any
+    grad: np.ndarray
+    residual: float
+    distance: float
+    smallest_eigenvalue: float
 
 
-def dense_hypergradient(inner, outer, theta, phi, inner_data, outer_data):
-    """`∂f/∂φ − (∂²g/∂θ∂φ)ᵀ (∂²g/∂θ²)⁻ᵀ ∂f/∂θ` from dense derivatives, as a flat vector."""
-    flat_theta, theta_of = ravel_pytree(theta)
-    flat_phi, phi_of = ravel_pytree(phi)
+def polisher(inner, outer, theta_like, phi_like, steps=12):
+    """(theta, phi, inner data, outer data) ↦ `Polished`, for θ and φ of these structures.
 
-    def slope(t, p):
-        return jax.grad(lambda s: inner(theta_of(s), phi_of(p), inner_data))(t)
+    The hypergradient is `∂f/∂φ − (∂²g/∂θ∂φ)ᵀ (∂²g/∂θ²)⁻¹ ∂f/∂θ` at the end of Newton's method.
+    """
+    theta_of, phi_of = ravel_pytree(theta_like)[1], ravel_pytree(phi_like)[1]
 
-    def loss(t, p):
-        return outer(theta_of(t), phi_of(p), outer_data)
+    @jax.jit
+    def parts(t, p, inner_data, outer_data):
+        def slope(t, p):
+            return jax.grad(lambda s: inner(theta_of(s), phi_of(p), inner_data))(t)
 
-    curvature = jax.jacfwd(slope)(flat_theta, flat_phi)
-    cross = jax.jacfwd(slope, argnums=1)(flat_theta, flat_phi)
-    pull, direct = jax.grad(loss, argnums=(0, 1))(flat_theta, flat_phi)
-    return direct - cross.T @ jnp.linalg.solve(curvature.T, pull)
+        def loss(t, p):
+            return outer(theta_of(t), phi_of(p), outer_data)
 
+        pull, direct = jax.grad(loss, argnums=(0, 1))(t, p)
+        curvature, cross = jax.jacfwd(slope, argnums=(0, 1))(t, p)
+        return slope(t, p), curvature, cross, pull, direct
 
-def polish(inner, outer, theta, phi, inner_data, outer_data, steps=8) -> Polished:
-    """Newton's method on the inner gradient from `theta`; works under `jit` and `vmap`."""
-    start, theta_of = ravel_pytree(theta)
+    def run(theta, phi, inner_data, outer_data) -> Polished:
+        start, p = np.asarray(ravel_pytree(theta)[0]), ravel_pytree(phi)[0]
+        t = start
+        for _ in range(steps):
+            slope, curvature, *_ = (np.asarray(x) for x in parts(jnp.asarray(t), p, inner_data, outer_data))
+            t = t - np.linalg.solve(curvature, slope)
+        slope, curvature, cross, pull, direct = (
+            np.asarray(x) for x in parts(jnp.asarray(t), p, inner_data, outer_data)
+        )
+        return Polished(
+            theta=theta_of(jnp.asarray(t)),
+            grad=direct - cross.T @ np.linalg.solve(curvature.T, pull),
+            residual=float(np.linalg.norm(slope)),
+            distance=float(np.linalg.norm(t - start)),
+            smallest_eigenvalue=float(np.linalg.eigvalsh(curvature)[0]),
+        )
 
-    def slope(t):
-        return jax.grad(lambda s: inner(theta_of(s), phi, inner_data))(t)
-
-    def newton(t, _):
-        return t - jnp.linalg.solve(jax.jacfwd(slope)(t), slope(t)), None
-
-    end, _ = jax.lax.scan(newton, start, None, length=steps)
-    eigenvalues = jnp.linalg.eigvalsh(jax.jacfwd(slope)(end))
-    return Polished(
-        theta=theta_of(end),
-        grad=dense_hypergradient(inner, outer, theta_of(end), phi, inner_data, outer_data),
-        residual=jnp.linalg.norm(slope(end)),
-        distance=jnp.linalg.norm(end - start),
-        smallest_eigenvalue=eigenvalues[0],
-        largest_eigenvalue=eigenvalues[-1],
-    )
+    return run
