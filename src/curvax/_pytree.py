@@ -66,6 +66,10 @@ def tree_norm(x: PyTree[Array]) -> Float[Array, ""]:
     return jnp.sqrt(tree_dot(x, x))
 
 
+# A stack copies its vectors: above this size that costs more memory and time than the reductions cost to compile.
+_STACKED_SIZE = 16384
+
+
 def tree_gram(*vectors: PyTree[Array]) -> list[Array]:
     """Gram matrices of the vectors, one a leaf; their sum is the Gram matrix over all leaves.
 
@@ -75,6 +79,12 @@ def tree_gram(*vectors: PyTree[Array]) -> list[Array]:
     dtype = tree_dtype(vectors)
 
     def leaf(*arrays: Array) -> Array:
+        if arrays[0].size > _STACKED_SIZE:
+            flat = [a.astype(dtype).ravel() for a in arrays]
+            pairs = {(i, j): jnp.sum(flat[i] * flat[j]) for i in range(len(flat)) for j in range(i + 1)}
+            return jnp.stack(
+                [jnp.stack([pairs[max(i, j), min(i, j)] for j in range(len(flat))]) for i in range(len(flat))]
+            )
         stacked = jnp.stack([a.astype(dtype) for a in arrays])
         contracted = tuple(range(1, stacked.ndim))
         return jax.lax.dot_general(
