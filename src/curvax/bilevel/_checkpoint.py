@@ -44,7 +44,8 @@ class Checkpoint:
         resume: `None`: go on if there is a checkpoint, else start. `True`: there must be one.
             `False`: there must be none.
 
-    Cost: one copy of the state of the run to the host, in the loop; the writing takes place beside it.
+    Cost: a checksum of the data when the run begins; for each checkpoint one copy of the state to the host, in
+    the loop (the writing, 0.05 s for small states, takes place beside it); 0.05 s at the end.
 
     Example:
         ```python

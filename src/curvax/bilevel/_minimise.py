@@ -244,7 +244,10 @@ def _explain(solution: Solution, num_steps: int, checkpoint: Checkpoint | None) 
     """What happened, where, and what to do about it."""
     reason = describe(solution.result)
     if len(solution.history) == 0:
-        return f"minimise: the hypergradient at the start, `phi0`, failed: {reason}"
+        return (
+            f"minimise: the hypergradient at the start, `phi0`, failed: {reason} `cx.hypergradient` with the same "
+            "arguments shows the figures."
+        )
     text = (
         f"minimise gave up after step {solution.num_steps} of {num_steps}: the next one failed even at "
         f"1/{1 / MIN_SCALE:.0f} of "
