@@ -85,6 +85,19 @@ def _cast_back(tree: PyTree[Array], like: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, eqx.filter(like, eqx.is_inexact_array))
 
 
+@eqx.filter_custom_jvp
+def _undifferentiated(x: PyTree) -> PyTree:
+    return x
+
+
+@_undifferentiated.def_jvp
+def _undifferentiated_jvp(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "`hypergradient` cannot be differentiated: its loops stop on tests that have no derivative. Differentiate "
+        "`cx.solution_map` instead (any order); hypergradients of hypergradients come out of it."
+    )
+
+
 @eqx.filter_jit
 def _compiled(
     problem: Bilevel,
@@ -95,7 +108,7 @@ def _compiled(
     data: tuple,
     state: State,
 ) -> tuple[Hypergradient, PyTree[Array]]:
-    inner_data, outer_data = data
+    phi, theta0, (inner_data, outer_data) = _undifferentiated((phi, theta0, data))
     key, next_key = (None, None) if state.key is None else tuple(jax.random.split(state.key))
     task = make_task(problem, phi, theta0, inner_solver, inner_data, outer_data, key)
     outcome: Outcome = rule.hypergradient(task, state)
