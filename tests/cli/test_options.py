@@ -35,7 +35,10 @@ WRONG = [
     (["tune", "digits", "--model", "logistic", "--task", "regression"], "logistic is for classification"),
     (["tune", "digits", "--model", "ridge", "--task", "classification"], "ridge is for regression"),
     (["tune", "digits", "--tune", "l2-per-layer"], "l2-per-layer is for --model mlp"),
-    (["tune", "digits", "--tune", "class-weights", "--task", "regression"], "class-weights is for classification"),
+    (
+        ["tune", "digits", "--tune", "class-weights", "--task", "regression"],
+        "class-weights is for classification",
+    ),
     (["tune", "digits", "--corrupt", "0.1", "--task", "regression"], "--corrupt is for classification"),
     (["tune", "digits", "--overwrite"], "--overwrite needs --out"),
     (["tune", "a.csv", "--target", "y", "--drop", "y"], "--drop names the target"),

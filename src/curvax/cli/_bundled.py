@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from curvax.cli._dataset import Dataset, finish, split_rows
+from curvax.cli._dataset import Dataset, finish, split_numbers, split_rows
 from curvax.cli._options import Options
 
 # Part of the training labels of the digits that is made wrong unless --corrupt says otherwise.
@@ -31,11 +31,12 @@ def load_bundled(options: Options) -> Dataset:
     if options.data == "diabetes":
         task, classes = "regression", ()
         y = np.asarray(bunch.target, np.float64)
-        strata = np.searchsorted(np.quantile(y, np.arange(0.1, 1.0, 0.1)), y)
+        split = split_numbers
     else:
         task, classes = "classification", tuple(str(name) for name in bunch.target_names)
-        y = strata = np.asarray(bunch.target, np.int64)
-    train, validation, test = split_rows(strata, options.split, options.seed)
+        y = np.asarray(bunch.target, np.int64)
+        split = split_rows
+    train, validation, test = split(y, options.split, options.seed)
     if is_digits:
         x = x / 16.0
     else:

@@ -66,7 +66,7 @@ def split_rows(strata: np.ndarray, percent: tuple[int, int, int], seed: int) -> 
     """Row indices of train, validation and test, with the same mixture of strata in each.
 
     Args:
-        strata: (rows,) whole numbers: the class, or the decile of a number.
+        strata: (rows,) class numbers.
         percent: Sizes.
         seed: Of the shuffle.
 
@@ -82,6 +82,30 @@ def split_rows(strata: np.ndarray, percent: tuple[int, int, int], seed: int) -> 
         for part, piece in zip(parts, np.split(rows, [train, train + others[0]]), strict=True):
             part.append(piece)
     return tuple(np.sort(np.concatenate(part)) for part in parts)
+
+
+def split_numbers(values: np.ndarray, percent: tuple[int, int, int], seed: int) -> tuple[np.ndarray, ...]:
+    """Row indices of train, validation and test, alike in how the values are spread.
+
+    Args:
+        values: (rows,) numbers.
+        percent: Sizes.
+        seed: Of the shuffle.
+
+    Returns:
+        Three sorted index arrays, whose sizes are exact up to a row.
+    """
+    random = generators(seed)[0]
+    rank = np.empty(len(values), int)
+    rank[np.lexsort((random.permutation(len(values)), values))] = np.arange(len(values))
+    # Neighbours change places at random; then each row goes where it is most wanted.
+    order = np.lexsort((random.permutation(len(values)), rank // 10))
+    owed, splits = np.zeros(3), np.empty(len(values), int)
+    for row in order:
+        owed += np.asarray(percent) / 100
+        splits[row] = np.argmax(owed)
+        owed[splits[row]] -= 1
+    return tuple(np.flatnonzero(splits == k) for k in range(3))
 
 
 def corrupt_labels(
@@ -126,11 +150,8 @@ def from_table(table: Table, options: Options) -> Dataset:
     if len(table.lines) < MIN_ROWS:
         raise UsageError(f"{quoted(table.name)} has {len(table.lines)} rows; at least {MIN_ROWS} are needed")
     task, y, classes, how = _target(table, target, options)
-    if task == "classification":
-        strata = y
-    else:
-        strata = np.searchsorted(np.quantile(y, np.arange(0.1, 1.0, 0.1)), y)
-    train, validation, test = split_rows(strata, options.split, options.seed)
+    split = split_rows if task == "classification" else split_numbers
+    train, validation, test = split(y, options.split, options.seed)
     encoded = encode(
         table,
         train,

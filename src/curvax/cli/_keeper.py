@@ -45,7 +45,7 @@ class Keeper:
 
     def _load(self) -> None:
         try:
-            with np.load(self._path, allow_pickle=False) as content:
+            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as content:
                 leaves = [content[f"leaf_{i}"] for i in range(len(self._shapes))]
                 self.losses, self._best = content["losses"], (int(content["step"]), leaves)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
