@@ -70,13 +70,13 @@ def tree_norm(x: PyTree[Array]) -> Float[Array, ""]:
 _STACKED_SIZE = 16384
 
 
-def tree_gram(*vectors: PyTree[Array]) -> list[Array]:
+def tree_gram(*vectors: PyTree[Array], dtype: Any = None) -> list[Array]:
     """Gram matrices of the vectors, one a leaf; their sum is the Gram matrix over all leaves.
 
     One stacked product instead of a reduction for every pair: on CPU each reduction is two or three kernels to
     compile, and these would be most of the compile time of an iterative solver.
     """
-    dtype = tree_dtype(vectors)
+    dtype = tree_dtype(vectors) if dtype is None else dtype
 
     def leaf(*arrays: Array) -> Array:
         if arrays[0].size > _STACKED_SIZE:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
@@ -159,13 +160,14 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
     def hypergradient(self, task: Task, state: State) -> Outcome:
         """The hypergradient by sweeps, reported and never raised."""
         dtype = tree_dtype((task.theta0, task.phi))
-        root_eps = jnp.finfo(dtype).eps ** 0.5
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((task.theta0, task.phi)))
         estimated = self.rtol is not None
-        rtol = jnp.asarray(self.rtol if estimated else root_eps, dtype)
+        rtol = jnp.asarray(self.rtol if estimated else eps**0.5, dtype)
         stage, own_rtol = self._stage(task)
-        first = jnp.clip(0.25 * rtol, 10 * jnp.finfo(dtype).eps, 0.1) if own_rtol is None else own_rtol
+        first = jnp.clip(0.25 * rtol, 10 * eps, 0.1) if own_rtol is None else own_rtol
         accuracy = Accuracy(
             estimated=estimated,
+            eps=eps,
             rtol=rtol,
             atol=jnp.asarray(self.atol, dtype),
             adjoint_rtol=jnp.asarray(first, dtype),

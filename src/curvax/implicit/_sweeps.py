@@ -53,6 +53,7 @@ class Accuracy(NamedTuple):
     """The accuracy requested: error ≤ atol + rtol·‖grad‖; `estimated` is static."""
 
     estimated: bool
+    eps: float  # unit roundoff of the least precise leaf of θ and φ
     rtol: Scalar
     atol: Scalar
     adjoint_rtol: Scalar  # forward error of the first adjoint
@@ -135,14 +136,15 @@ class _Judgement(NamedTuple):
 
 def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Kept) -> _Evaluation:
     """Linearise at θ and take the hypergradient with the adjoint `vector`."""
+    dtype = kept.norm.dtype
     at = task.condition.linearise(theta, task.phi, task.inner_batch)
     product, cross = at.transposed(vector)
     value, (outer_theta, outer_phi) = jax.value_and_grad(task.outer, argnums=(0, 1))(
         theta, task.phi, task.outer_batch
     )
     grad, adjoint_residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
-    residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta, vector))
-    by_leaf = jnp.stack(tree_gram(tree_sub(grad, kept.grad), cross, grad))
+    residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta, vector, dtype=dtype))
+    by_leaf = jnp.stack(tree_gram(tree_sub(grad, kept.grad), cross, grad, dtype=dtype))
     inner_norm, residual_norm, theta_norm, adjoint_norm = (jnp.sqrt(residuals[i, i]) for i in range(4))
     change, cross_norm, grad_norm = (jnp.sqrt(jnp.sum(by_leaf[:, i, i])) for i in range(3))
     value = value.astype(inner_norm.dtype)
@@ -171,10 +173,9 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
     )
 
 
-def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation) -> tuple[Scalar, Scalar]:
+def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -> tuple[Scalar, Scalar]:
     """The error of the hypergradient before the last sweep, and how much of it is rounding."""
     dtype, change = found.change.dtype, found.change
-    eps = jnp.finfo(dtype).eps
     curvature, inner = c.curvature, found.current.inner_residual
     floor = eps * (curvature.condition * found.cross + c.kept.norm + found.cross)
     if stage.knows_its_error:
@@ -191,7 +192,7 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation) -> tuple[Scal
     # when the residuals fell too (a solver that returns zero makes no change).
     before = c.change
     ratio = change / jnp.where(before > 0, before, 1)
-    tiny = jnp.sqrt(eps) * c.kept.norm
+    tiny = eps**0.5 * c.kept.norm
     at_noise = (change <= tiny) & (before <= tiny)
     noise = 1e3 * eps * curvature.highest
     fell = (inner <= jnp.maximum(0.5 * c.kept.inner_residual, noise * found.theta_norm)) & (
@@ -210,7 +211,7 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     swept = judged & (c.sweeps >= 0)
     sweeps = c.sweeps + judged.astype(jnp.int32)
     warm = c.source == WARM
-    estimate, rounding = _estimate(stage, c, found)
+    estimate, rounding = _estimate(stage, c, found, accuracy.eps)
     request = accuracy.atol + accuracy.rtol * c.kept.norm
     met = swept & (estimate <= request)
     least = 1 if stage.knows_its_error else 2
@@ -311,6 +312,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         )
         theta = found.current.theta
         x, info = stage.solve(found.at, request, (task.rebuild(theta), task.args))
+        # θ and φ may differ in precision; what is known about them is kept in the higher one.
+        info = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, info)
         return x, info, rtol
 
     def turn(c: _Carry) -> _Carry:

@@ -172,7 +172,7 @@ def conjugate_gradient(
     dtype = tree_dtype(rhs)
     eps = jnp.asarray(jnp.finfo(dtype).eps, dtype)
     floor_of_singular = jnp.asarray(max(tree_size(rhs), 4) ** 0.5, dtype) * eps
-    rtol = jnp.asarray(rtol, dtype)
+    rtol, atol = jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype)
     inf, zero = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype)
     carried_min = inf if curvature_min is None else curvature_min.astype(dtype)
     rhs_norm = tree_norm(rhs)
