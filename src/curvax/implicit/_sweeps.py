@@ -184,10 +184,10 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
         # within 0.5 to 100 times the truth on thousands of quadratics, the whole of it is not.
         noise = jnp.minimum(floor, jnp.maximum(1.5 * change, 0.2 * floor))
         # The next Newton step is at most ν‖d‖: ν ≤ 0.1 by the solver's test on a quadratic, more where the step was
-        # not in the quadratic regime yet.
+        # not in the quadratic regime yet. Twice it covers what is left on networks near a degenerate minimum.
         leftover = jnp.maximum(inner - 10 * eps * curvature.highest * found.theta_norm, 0)
         nu = leftover / jnp.maximum(curvature.lowest * c.step, jnp.finfo(dtype).tiny)
-        return change * (1 + jnp.minimum(nu, MAX_NONLINEARITY)) + noise, floor
+        return change * (1 + jnp.minimum(2 * nu, MAX_NONLINEARITY)) + noise, floor
     # Solves of unknown accuracy: successive changes contract by ρ, so the error is change/(1 − ρ); believed only
     # when the residuals fell too (a solver that returns zero makes no change).
     before = c.change
