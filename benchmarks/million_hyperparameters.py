@@ -102,6 +102,7 @@ def theirs(log_penalties, layers, training, validation, steps):
         OPTIMIZER,
         maxiter=STEPS,
         tol=0.0,
+        implicit_diff=True,  # its default here is to differentiate through all the steps
         implicit_diff_solve=functools.partial(
             jaxopt.linear_solve.solve_cg, ridge=DAMPING, maxiter=steps, tol=0.0
         ),
@@ -119,12 +120,13 @@ def damped_hypergradient(log_penalties, layers, training, validation):
     gradient = jax.grad(inner)
 
     @jax.jit
-    def product(v):
+    def product(v, layers, log_penalties, training):
         tangent = jax.jvp(lambda t: gradient(t, log_penalties, training), (layers,), (unravel(v),))[1]
         return ravel_pytree(tangent)[0] + DAMPING * v
 
     def as_float64(v):
-        return np.asarray(product(jnp.asarray(v.ravel(), flat.dtype)), np.float64)
+        v = jnp.asarray(v.ravel(), flat.dtype)
+        return np.asarray(product(v, layers, log_penalties, training), np.float64)
 
     rhs = ravel_pytree(jax.grad(outer)(layers, log_penalties, validation))[0]
     operator = LinearOperator((flat.size, flat.size), matvec=as_float64, dtype=np.float64)
