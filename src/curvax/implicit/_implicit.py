@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._pytree import tree_dtype, tree_size
 from curvax.implicit._adjoint import implicit_solution, while_loop
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
+from curvax.implicit._single import run_single
 from curvax.implicit._stage import (
     DENSE_SIZE,
     AbstractStage,
@@ -166,7 +167,6 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         stage, own_rtol = self._stage(task)
         first = jnp.clip(0.25 * rtol, 10 * eps, 0.1) if own_rtol is None else own_rtol
         accuracy = Accuracy(
-            estimated=estimated,
             eps=eps,
             rtol=rtol,
             atol=jnp.asarray(self.atol, dtype),
@@ -174,6 +174,8 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             damping=jnp.asarray(self.damping, dtype),
             max_sweeps=self.max_sweeps,
         )
+        if not estimated:
+            return run_single(task, stage, accuracy, state)
         return run_sweeps(task, stage, accuracy, state)
 
     def _stage(self, task: Task) -> tuple[AbstractStage, Any]:

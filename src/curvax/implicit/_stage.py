@@ -20,6 +20,7 @@ from curvax._pytree import (
     tree_where,
     tree_zeros_like,
 )
+from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
 from curvax.linear._cg_core import (
     INDEFINITE,
@@ -269,6 +270,14 @@ class CheckedStage(AbstractStage):
         )
         matched = jax.tree.map(lambda a, b: a.astype(b.dtype), info_own, info)
         return tree_where(request.correction, x, x_own), tree_where(request.correction, info, matched)
+
+
+def why_failed(info: StageInfo) -> RESULTS:
+    """The result of a solve that broke down or spent its budget."""
+    budget = RESULTS.where(info.indefinite, RESULTS.indefinite_curvature, RESULTS.adjoint_not_converged)
+    return RESULTS.where(
+        info.nonfinite, RESULTS.nonfinite, RESULTS.where(info.singular, RESULTS.singular_curvature, budget)
+    )
 
 
 def run_once(wanted: Bool[Array, ""], fn: Any, init: PyTree[Array]) -> PyTree[Array]:

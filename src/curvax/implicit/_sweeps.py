@@ -36,7 +36,7 @@ from curvax._pytree import (
 from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
 from curvax.implicit._rule import Outcome, State, Stats, Task
-from curvax.implicit._stage import AbstractStage, Request, StageInfo, run_once
+from curvax.implicit._stage import AbstractStage, Request, run_once, why_failed
 
 CORRECTION_RTOL = 0.1  # forward error of a correction: 0.3 was fooled in prototypes, 0.1 was not
 WARM_SWEEPS = 4  # sweeps that a warm start may spend before the inner solver is called
@@ -50,9 +50,8 @@ WARM, INNER_NOW, INNER_DONE = range(3)
 
 
 class Accuracy(NamedTuple):
-    """The accuracy requested: error ≤ atol + rtol·‖grad‖; `estimated` is static."""
+    """The accuracy requested: error ≤ atol + rtol·‖grad‖."""
 
-    estimated: bool
     eps: float  # unit roundoff of the least precise leaf of θ and φ
     rtol: Scalar
     atol: Scalar
@@ -226,20 +225,13 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     return _Judgement(
         judged=judged,
         swept=swept,
-        accepted=(met if accuracy.estimated else judged & ~nonfinite) & ~stopped,
+        accepted=met & ~stopped,
         takes_current=judged & ~met & ~out_of_sweeps & ~nonfinite,
         failed=nonfinite | out_of_sweeps | diverged | stopped,
         why=why,
         estimate=estimate,
         request=request,
         sweeps=sweeps,
-    )
-
-
-def _why_solve_failed(info: StageInfo) -> RESULTS:
-    budget = RESULTS.where(info.indefinite, RESULTS.indefinite_curvature, RESULTS.adjoint_not_converged)
-    return RESULTS.where(
-        info.nonfinite, RESULTS.nonfinite, RESULTS.where(info.singular, RESULTS.singular_curvature, budget)
     )
 
 
@@ -255,20 +247,18 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     zero_theta = tree_zeros_like(task.theta0)
     probe = tree_generic_like(task.theta0)
     start_theta = tree_where(state.warm, state.theta, task.theta0)
-    # Without an estimate nothing would say that a warm start has been swept far enough: solve again.
-    sweeps_first = state.warm & accuracy.estimated
     loose = jnp.asarray(CORRECTION_RTOL, dtype)
     # A first correction has to win more than a digit when much accuracy is wanted.
     first_rtol = jnp.clip(0.3 * jnp.sqrt(accuracy.rtol), 3e-4, CORRECTION_RTOL).astype(dtype)
-    after_inner = POLISH if accuracy.estimated and accuracy.max_sweeps > 1 else FIRST
+    after_inner = POLISH if accuracy.max_sweeps > 1 else FIRST
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi)
     nothing = _Kept(nan, nowhere, start_theta, nan, untouched, nan, nan, inf)
     init = _Carry(
         theta=start_theta,
         adjoint=tree_where(state.warm, state.adjoint, zero_theta),
         kept=nothing,
-        phase=jnp.where(sweeps_first, POLISH, after_inner).astype(jnp.int32),
-        source=jnp.where(sweeps_first, WARM, INNER_NOW).astype(jnp.int32),
+        phase=jnp.where(state.warm, POLISH, after_inner).astype(jnp.int32),
+        source=jnp.where(state.warm, WARM, INNER_NOW).astype(jnp.int32),
         sweeps=_integer(-1),
         polished=_integer(0),
         change=inf,
@@ -282,10 +272,10 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         result=RESULTS.successful,
     )
 
-    def inner(carry: tuple[PyTree[Array], Array, RESULTS]) -> tuple[PyTree[Array], Array, RESULTS]:
-        theta, steps, _ = carry
-        theta, new_steps, result = task.solve(theta)
-        return theta, steps + new_steps.astype(jnp.int32), result
+    def inner(carry: tuple[PyTree[Array], Array]) -> tuple[PyTree[Array], Array]:
+        # What the solver says of itself is not asked: the estimate will tell.
+        theta, new_steps, _ = task.solve(carry[0])
+        return theta, carry[1] + new_steps.astype(jnp.int32)
 
     def solve(c: _Carry, found: _Evaluation, verdict: _Judgement, wanted: Bool[Array, ""]) -> Any:
         """The one linear solve of a turn: x, what it learnt, and how accurate it was to be."""
@@ -317,9 +307,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         return x, info, rtol
 
     def turn(c: _Carry) -> _Carry:
-        theta, inner_steps, inner_result = run_once(
-            c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps, RESULTS.successful)
-        )
+        theta, inner_steps = run_once(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
         probing = c.phase == PROBE
         found = _evaluate(task, theta, tree_where(probing, probe, c.adjoint), c.kept)
         verdict = _judge(c, found, stage, accuracy)
@@ -357,12 +345,10 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         following = jnp.where(start_probe, PROBE, jnp.where(retry, after_inner, following))
         result = RESULTS.where(
             wrong & ~retry,
-            RESULTS.where(verdict.failed, verdict.why, _why_solve_failed(info)),
+            RESULTS.where(verdict.failed, verdict.why, why_failed(info)),
             RESULTS.where(probing & jnp.any(no_influence), RESULTS.no_influence, RESULTS.successful),
         )
-        believed = jnp.asarray(accuracy.estimated) | (inner_result == RESULTS.successful)
-        pending = RESULTS.where(believed, c.pending, inner_result)
-        pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, pending)
+        pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, c.pending)
         estimate = jnp.where(verdict.swept, verdict.estimate, c.kept.estimate)
         # Until there is a hypergradient, the point itself is kept: it is what a failure is about.
         here = found.current._replace(grad=nowhere, estimate=inf)
@@ -411,20 +397,19 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         )
 
     end = jax.lax.while_loop(lambda c: c.phase != DONE, turn, init)
-    return _outcome(task, state, end, accuracy)
+    return _outcome(task, state, end)
 
 
-def _outcome(task: Task, state: State, end: _Carry, accuracy: Accuracy) -> Outcome:
+def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
     """What the loop ended with, as the user sees it."""
     kept, curvature = end.kept, end.curvature
     nan = jnp.asarray(jnp.nan, kept.estimate.dtype)
-    estimate = kept.estimate if accuracy.estimated else nan
     usable = jnp.asarray((end.result == RESULTS.successful) | (end.result == RESULTS.no_influence))
     stats = Stats(
         inner_residual=kept.inner_residual,
         adjoint_residual=kept.adjoint_residual,
-        error_estimate=estimate,
-        relative_error=estimate / kept.norm,
+        error_estimate=kept.estimate,
+        relative_error=kept.estimate / kept.norm,
         num_matvecs=end.counts.matvecs,
         num_sweeps=end.counts.sweeps,
         num_inner_steps=end.counts.inner_steps,

@@ -1,0 +1,100 @@
+"""The hypergradient without an estimate of its error: the inner solve, one adjoint solve, and nothing else.
+
+Nothing is judged, so nothing of the size of θ or φ is kept beside the solution, the adjoint and the vectors of
+the linear solver.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from curvax._pytree import (
+    tree_add,
+    tree_axpy,
+    tree_dtype,
+    tree_generic_like,
+    tree_gram,
+    tree_sub,
+    tree_where,
+    tree_zeros_like,
+)
+from curvax._results import RESULTS
+from curvax.implicit._rule import Outcome, State, Stats, Task
+from curvax.implicit._stage import AbstractStage, Request, why_failed
+from curvax.implicit._sweeps import Accuracy
+
+
+def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: State) -> Outcome:
+    """Hypergradient by one adjoint solve; the inner solver is believed."""
+    dtype = tree_dtype((task.theta0, task.phi))
+    inf, nan = jnp.asarray(jnp.inf, dtype), jnp.asarray(jnp.nan, dtype)
+    theta, inner_steps, inner_result = task.solve(tree_where(state.warm, state.theta, task.theta0))
+    at = task.condition.linearise(theta, task.phi, task.inner_batch)
+    value, (outer_theta, outer_phi) = jax.value_and_grad(task.outer, argnums=(0, 1))(
+        theta, task.phi, task.outer_batch
+    )
+    start = tree_where(state.warm, state.adjoint, tree_zeros_like(task.theta0))
+
+    rhs = tree_axpy(-accuracy.damping, start, tree_sub(outer_theta, at.transposed(start)[0]))
+    request = Request(
+        rhs=rhs,
+        wanted=jnp.asarray(True),
+        transposed=jnp.asarray(True),
+        correction=jnp.asarray(False),
+        amplified=jnp.asarray(False),
+        rtol=accuracy.adjoint_rtol,
+        atol=jnp.zeros((), dtype),
+        damping=accuracy.damping,
+        reference=start,
+        curvature_min=jnp.where(state.warm, state.curvature_min.astype(dtype), inf),
+    )
+    x, info = stage.solve(at, request, (task.rebuild(theta), task.args))
+    adjoint = tree_add(start, x)
+
+    product, cross = at.transposed(adjoint)
+    grad, residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
+
+    def size_by_leaf(tree: PyTree[Array]) -> Array:
+        return jnp.stack([jnp.sum(leaf.astype(dtype) ** 2) for leaf in jax.tree.leaves(tree)])
+
+    filled = jnp.asarray([leaf.size > 0 for leaf in jax.tree.leaves(grad)])
+    vanishes = (size_by_leaf(grad) == 0) & filled
+    unused = jax.lax.cond(
+        jnp.any(vanishes),
+        lambda: vanishes & (size_by_leaf(at.transposed(tree_generic_like(theta))[1]) == 0),
+        lambda: vanishes,
+    )
+    residuals: Any = sum(tree_gram(at.residual, residual))
+    norms: Any = sum(tree_gram(grad))
+    finite = jnp.isfinite(value + residuals[0, 0] + residuals[1, 1] + norms[0, 0])
+    broken = info.singular | info.indefinite | info.nonfinite
+    result = RESULTS.where(jnp.any(unused), RESULTS.no_influence, RESULTS.successful)
+    result = RESULTS.where(info.exhausted, RESULTS.adjoint_not_converged, result)
+    result = RESULTS.where(inner_result == RESULTS.successful, result, inner_result)
+    result = RESULTS.where(broken, why_failed(info), result)
+    result = RESULTS.where(finite, result, RESULTS.nonfinite)
+    usable = jnp.asarray((result == RESULTS.successful) | (result == RESULTS.no_influence))
+    stats = Stats(
+        inner_residual=jnp.sqrt(residuals[0, 0]),
+        adjoint_residual=jnp.sqrt(residuals[1, 1]),
+        error_estimate=nan,
+        relative_error=nan,
+        num_matvecs=2 + info.num_matvecs.astype(jnp.int32),
+        num_sweeps=jnp.asarray(0, jnp.int32),
+        num_inner_steps=inner_steps.astype(jnp.int32),
+        curvature_min=jnp.where(info.num_matvecs > 0, info.curvature_min, nan),
+        curvature_max=jnp.where(info.num_matvecs > 0, info.curvature_max, nan),
+    )
+    new_state = State(
+        theta=tree_where(usable, theta, task.theta0),
+        adjoint=tree_where(usable, adjoint, tree_zeros_like(adjoint)),
+        curvature_min=jnp.where(info.ritz_min > 0, info.ritz_min, inf).astype(state.curvature_min.dtype),
+        warm=usable,
+        key=state.key,
+    )
+    # Of a solve that broke down nothing is left to be believed.
+    grad = jax.tree.map(lambda leaf: jnp.where(broken, jnp.full_like(leaf, jnp.nan), leaf), grad)
+    no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), list(unused))
+    return Outcome(value.astype(dtype), grad, theta, result, stats, new_state, no_influence)
