@@ -186,7 +186,10 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
         # not in the quadratic regime yet. Twice it covers what is left on networks near a degenerate minimum.
         leftover = jnp.maximum(inner - 10 * eps * curvature.highest * found.theta_norm, 0)
         nu = leftover / jnp.maximum(curvature.lowest * c.step, jnp.finfo(dtype).tiny)
-        return change * (1 + jnp.minimum(2 * nu, MAX_NONLINEARITY)) + noise, floor
+        # What a sweep leaves is of second order in what it changes.
+        second = jnp.minimum(change / jnp.maximum(c.kept.norm, jnp.finfo(dtype).tiny), 1.0)
+        mistrust = jnp.minimum(2 * (nu + second), MAX_NONLINEARITY)
+        return change * (1 + mistrust) + noise, floor
     # Solves of unknown accuracy: successive changes contract by ρ, so the error is change/(1 − ρ); believed only
     # when the residuals fell too (a solver that returns zero makes no change).
     before = c.change
