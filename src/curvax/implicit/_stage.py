@@ -45,6 +45,7 @@ class StageInfo(NamedTuple):
     curvature_min: Float[Array, ""]
     curvature_max: Float[Array, ""]
     solution_norm: Float[Array, ""]
+    residual_norm: Float[Array, ""]
     singular: Bool[Array, ""]
     indefinite: Bool[Array, ""]
     exhausted: Bool[Array, ""]
@@ -118,6 +119,7 @@ class ConjugateGradientStage(AbstractStage):
             curvature_min=info.rayleigh,
             curvature_max=highest,
             solution_norm=info.solution_norm,
+            residual_norm=info.residual_norm,
             singular=wanted & (info.status == SINGULAR),
             indefinite=wanted & (info.status == INDEFINITE),
             exhausted=wanted & (info.status == RUNNING),
@@ -173,6 +175,7 @@ class DenseStage(AbstractStage):
             curvature_min=jnp.where(indefinite, jnp.min(values), smallest),
             curvature_max=largest,
             solution_norm=tree_norm(x),
+            residual_norm=jnp.zeros((), dtype),
             singular=wanted & singular & finite,
             indefinite=wanted & indefinite & ~singular & finite,
             exhausted=jnp.asarray(False),
@@ -235,6 +238,7 @@ class LineaxStage(AbstractStage):
             curvature_min=jnp.where(known, stretch, jnp.inf),
             curvature_max=jnp.where(known, stretch, 0),
             solution_norm=size,
+            residual_norm=jnp.zeros((), dtype),
             singular=request.wanted & flags[0] & given,
             indefinite=jnp.asarray(False),
             exhausted=request.wanted & flags[1],

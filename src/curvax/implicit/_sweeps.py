@@ -99,6 +99,7 @@ class _Carry(NamedTuple):
     change: Scalar  # ‖h⁺ − h‖ of the sweep before
     residual: Scalar  # ‖F‖ of the turn before
     step: Scalar  # ‖d‖ of the last correction of θ
+    linear_residual: Scalar  # ‖F + A d‖ that its solve left
     rtol: Scalar  # forward error of the next correction
     counts: _Counts
     curvature: _Curvature
@@ -182,13 +183,12 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
         # case ε·κ·‖Bᵀq‖ is met only when all noise falls on the smallest eigenvalue: a fifth of it is
         # within 0.5 to 100 times the truth on thousands of quadratics, the whole of it is not.
         noise = jnp.minimum(floor, jnp.maximum(1.5 * change, 0.2 * floor))
-        # The next Newton step is at most ν‖d‖: ν ≤ 0.1 by the solver's test on a quadratic, more where the step was
-        # not in the quadratic regime yet. Twice it covers what is left on networks near a degenerate minimum.
-        leftover = jnp.maximum(inner - 10 * eps * curvature.highest * found.theta_norm, 0)
+        # The next Newton step is at most ν‖d‖, as far as ‖F(θ⁺)‖ is not what the linear solve left. Near a degenerate
+        # minimum its direction can be the one to which the hypergradient is most sensitive: √ν, measured on networks.
+        linear = c.linear_residual + 10 * eps * curvature.highest * found.theta_norm
+        leftover = jnp.maximum(inner - linear, 0)
         nu = leftover / jnp.maximum(curvature.lowest * c.step, jnp.finfo(dtype).tiny)
-        # What a sweep leaves is of second order in what it changes.
-        second = jnp.minimum(change / jnp.maximum(c.kept.norm, jnp.finfo(dtype).tiny), 1.0)
-        mistrust = jnp.minimum(2 * (nu + second), MAX_NONLINEARITY)
+        mistrust = jnp.minimum(2 * jnp.maximum(nu, jnp.sqrt(nu)), MAX_NONLINEARITY)
         return change * (1 + mistrust) + noise, floor
     # Solves of unknown accuracy: successive changes contract by ρ, so the error is change/(1 − ρ); believed only
     # when the residuals fell too (a solver that returns zero makes no change).
@@ -267,6 +267,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         change=inf,
         residual=inf,
         step=inf,
+        linear_residual=zero,
         rtol=first_rtol,
         counts=_Counts(_integer(0), _integer(0), _integer(0)),
         curvature=_Curvature(jnp.where(state.warm, state.curvature_min.astype(dtype), inf), inf, -inf, zero),
@@ -376,6 +377,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             change=jnp.where(retry, inf, jnp.where(verdict.swept, found.change, c.change)),
             residual=found.current.inner_residual,
             step=jnp.where(retry, inf, jnp.where(moved & solve_theta, step, c.step)),
+            linear_residual=jnp.where(moved & solve_theta, info.residual_norm, c.linear_residual),
             rtol=jnp.where(
                 retry,
                 first_rtol,
