@@ -2,6 +2,10 @@
 
 Inner solutions are stopped by gradient steps, by conjugate gradients and by noise; the adjoint is
 stopped by requests from 1e-1 to 1e-9. One sweep: what is judged is the estimate, not the polish.
+
+The upper bound, 100, is asked of every case whose error is at least a hundredth of the worst that rounding
+can do, ε·κ·‖Bᵀq‖. Below that an error is luck: the rounding of one run happened to miss the smallest
+eigenvalue, and no estimate can know. There the estimate has to stay within the worst case itself.
 """
 
 import jax.numpy as jnp
@@ -28,6 +32,16 @@ def labels(stopped, rtols):
     ]
 
 
+def check_upper(stopped, row, counted, eps):
+    """At most 100 times the error, or within the worst case of rounding where the error is lucky."""
+    worst = eps * (stopped.condition + 3.0) * row.size
+    lucky = row.error < 0.01 * worst
+    ratio = row.estimate / np.maximum(row.error, 1e-300)
+    print(f"lucky: {(counted & lucky).sum()}, of them above 100: {(counted & lucky & (ratio > 100)).sum()}")
+    assert not np.any(counted & ~lucky & (ratio > 100.0))
+    assert not np.any(counted & lucky & (row.estimate > 100.0 * row.error + 1.5 * worst))
+
+
 def judge(title, stopped, row, rtols, eps=EPS):
     """The claim of the design, on everything that was not reported as a failure."""
     ratio = effectivity.effectivity(row, eps)
@@ -39,7 +53,7 @@ def judge(title, stopped, row, rtols, eps=EPS):
     assert np.all(np.isfinite(ratio))
     assert ratio.min() >= 0.5
     assert np.median(ratio) <= 5.0
-    assert ratio.max() <= 100.0
+    check_upper(stopped, row, counted, eps)
     # What "successful" promises. (`estimate <= rtol * ‖grad‖` with the estimate at half the error.)
     size = np.linalg.norm(stopped.grad, axis=1)
     wrong = row.met & (row.error > 2.05 * rtols * size)
@@ -130,6 +144,7 @@ def test_single_precision(seed):
     assert counted.mean() > 0.9
     assert ratio[counted].min() >= 0.5
     assert np.median(ratio[counted]) <= 5.0
+    check_upper(stopped, row, counted, eps)
     assert not np.any(row.met & (row.error > 2.05 * rtols * row.size))
 
 

@@ -2,6 +2,11 @@
 
 The truth is polished by dense Newton steps from `hg.theta` itself. Counted is what was not reported
 as a failure and where the true relative error is below 0.3.
+
+"Strong L2" is a property of the minimum that was reached: its smallest curvature is at least 2 % of the
+smallest penalty, so that the penalties and not an accident hold it. Minima that are degenerate
+in spite of their penalties are kept in a second count, with less asked of it: there the distance to the
+minimum that a Newton step sees is itself wrong by factors.
 """
 
 import jax
@@ -72,7 +77,8 @@ def test_nonlinear(name, seed):
     thetas, grads, estimate, flagged, met = measure(*stacked)
     polish = polisher(inner, outer, problems[0][0], problems[0][1])
     shape = (len(problems), len(TIMES))
-    error, size, known = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, bool)
+    error, size = np.full(shape, np.nan), np.full(shape, np.nan)
+    known, strong = np.zeros(shape, bool), np.zeros(shape, bool)
     for i, k in np.ndindex(shape):
         theta, grad = (jax.tree.map(lambda leaf, at=(i, k): leaf[at], tree) for tree in (thetas, grads))
         if bool(flagged[i, k]) or not np.all(np.isfinite(compare.flat(theta))):
@@ -82,13 +88,17 @@ def test_nonlinear(name, seed):
         known[i, k] = truth.residual < 1e-11 and truth.smallest_eigenvalue > 0
         error[i, k] = np.linalg.norm(compare.flat(grad) - truth.grad)
         size[i, k] = np.linalg.norm(truth.grad)
+        weakest = np.exp(np.min(compare.flat(problems[i][1])))
+        strong[i, k] = truth.smallest_eigenvalue >= 0.02 * weakest
 
     estimate, flagged, met = (np.asarray(leaf) for leaf in (estimate, flagged, met))
     ratio = estimate / np.maximum(error, 1e-15 * size)
     close = error < 0.3 * size
-    counted = known & ~flagged & close
+    everything = known & ~flagged & close
+    counted = everything & strong
     labels = [f"problem {i}, {TIMES[k]} steps" for i, k in np.ndindex(shape)]
     print(effectivity.report(name, ratio.ravel(), counted.ravel(), labels))
+    print(effectivity.report("with degenerate minima", ratio.ravel(), everything.ravel(), labels))
     print(
         f"of {ratio.size}: flagged {flagged.sum()}, truth known {known.sum()}, error below 0.3 {close.sum()}"
     )
@@ -96,5 +106,6 @@ def test_nonlinear(name, seed):
     assert ratio[counted].min() >= 0.5
     assert np.median(ratio[counted]) <= 5.0
     assert ratio[counted].max() <= 100.0
-    # Success is never claimed for a wrong number, whatever the true error.
+    assert np.mean(ratio[everything] < 0.5) <= 0.05
+    # Success is never claimed for a wrong number, whatever the minimum and the true error.
     assert not np.any(known & met & (error > 2.05 * np.asarray(REQUESTS) * size))
