@@ -13,11 +13,11 @@ from curvax._pytree import promote_half
 from curvax._results import RESULTS
 from curvax.bilevel._data import draw, is_sampler
 from curvax.bilevel._problem import Bilevel
-from curvax.implicit._condition import Minimum, check_like, check_scalar
+from curvax.implicit._condition import FixedPoint, Minimum, check_like, check_scalar
 from curvax.implicit._rule import Task
 from curvax.unroll import Steps
 
-MAX_INNER_STEPS = 100_000
+MAX_INNER_STEPS = 20_000
 
 
 def split(tree: PyTree, name: str) -> tuple[PyTree[Array], PyTree]:
@@ -44,7 +44,7 @@ def check_inner_solver(problem: Bilevel, inner_solver: Any) -> None:
         wanted = (
             "an Optimistix minimiser (`optx.LBFGS`, `optx.BFGS`, …) or `cx.Steps`, because `inner` is a loss"
         )
-    elif type(problem.condition).__name__ == "FixedPoint":
+    elif isinstance(problem.condition, FixedPoint):
         kinds = (optx.AbstractFixedPointSolver, optx.AbstractRootFinder)
         wanted = "an Optimistix fixed-point solver or root finder, because `inner` is a `FixedPoint`"
     else:

@@ -97,7 +97,9 @@ class Run:
 
     def stop(self) -> None:
         """Mark the run as finished."""
-        self.carry = eqx.tree_at(lambda c: c.finished, self.carry, jnp.asarray(True))
+        # Stopped is not failed: a retry that happened to be under way is forgotten.
+        stopped = (jnp.asarray(True), jnp.zeros((), jnp.int32), RESULTS.successful)
+        self.carry = eqx.tree_at(lambda c: (c.finished, c.num_retries, c.result), self.carry, stopped)
         self.finished = True
 
     def point(self) -> tuple[PyTree, PyTree]:

@@ -115,7 +115,7 @@ def _solve_jvp(primals: Any, tangents: Any) -> Any:
 
     jacobian = lx.JacobianLinearOperator(in_root, point, (rewrite, residual, inputs), tags=tags)
     operator = _damped(jacobian, rule.damping, tags)
-    solver = rule.solver_for(tags)
+    solver = rule.solver_for(tags, tree_dtype(point))
     options = {}
     preconditioner = resolve_preconditioner(rule.preconditioner, root, rule.args_of(inputs))
     if preconditioner is not None:
@@ -156,6 +156,8 @@ def _checked(
     still = lx.JacobianLinearOperator(jacobian.fn, frozen, args, tags=jacobian.tags)
     step = lx.linear_solve(still, vanishing, solver, options=options, throw=False).value
     size, moved = tree_norm(frozen), tree_norm(step)
-    noise = jnp.sqrt(jnp.finfo(tree_dtype(frozen)).eps).astype(size.dtype)
+    # At θ* = 0 the relative part is empty: rounding is then measured by the start.
+    start = tree_norm(promote_half(stop_gradient(eqx.filter(jacobian.args[2][2], eqx.is_inexact_array))))
+    noise = (jnp.sqrt(jnp.finfo(tree_dtype(frozen)).eps) * start).astype(size.dtype)
     allowed = rule.rtol * size + rule.atol + noise
     return tree_scale(eqx.error_if(one, ~(moved <= allowed), _TOO_EARLY), rhs)

@@ -131,15 +131,15 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             tags = tags | {lx.symmetric_tag}
         return implicit_solution(primal_fn, rewrite_fn, (*inputs, while_loop()), self, tags)
 
-    def solver_for(self, tags: frozenset[object]) -> lx.AbstractLinearSolver:
-        """The linear solver of the derivative for a Jacobian with these tags."""
+    def solver_for(self, tags: frozenset[object], dtype: Any) -> lx.AbstractLinearSolver:
+        """The linear solver of the derivative for a Jacobian with these tags in this precision."""
         if self.linear_solver is not None:
             return self.linear_solver
         tolerance = 1e-6 if self.rtol is None else jnp.clip(0.1 * jnp.asarray(self.rtol), 1e-10, 1e-3)
         symmetric = lx.symmetric_tag in tags or lx.positive_semidefinite_tag in tags
         if symmetric:
             return CG(rtol=tolerance)
-        return Auto(rtol=tolerance * 1e-3, atol=0.0)
+        return Auto(rtol=jnp.maximum(tolerance * 1e-3, 100 * jnp.finfo(dtype).eps), atol=0.0)
 
     @staticmethod
     def args_of(inputs: tuple) -> Any:

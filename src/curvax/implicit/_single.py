@@ -70,9 +70,9 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     norms: Any = sum(tree_gram(grad))
     finite = jnp.isfinite(value + residuals[0, 0] + residuals[1, 1] + norms[0, 0])
     broken = info.singular | info.indefinite | info.nonfinite
-    result = RESULTS.where(jnp.any(unused), RESULTS.no_influence, RESULTS.successful)
-    result = RESULTS.where(info.exhausted, RESULTS.adjoint_not_converged, result)
-    result = RESULTS.where(inner_result == RESULTS.successful, result, inner_result)
+    # Each line overrides those before it: the order in which failures are told apart.
+    result = RESULTS.where(info.exhausted, RESULTS.adjoint_not_converged, inner_result)
+    result = RESULTS.where(jnp.any(unused), RESULTS.no_influence, result)
     result = RESULTS.where(broken, why_failed(info), result)
     result = RESULTS.where(finite, result, RESULTS.nonfinite)
     usable = jnp.asarray((result == RESULTS.successful) | (result == RESULTS.no_influence))

@@ -14,6 +14,7 @@ from curvax._pytree import (
     stop_gradient,
     tree_all_finite,
     tree_axpy,
+    tree_dot,
     tree_dtype,
     tree_norm,
     tree_size,
@@ -167,7 +168,8 @@ class DenseStage(AbstractStage):
         smallest, largest = jnp.min(magnitudes), jnp.max(magnitudes)
         singular = ~(smallest > floor * largest)
         safe = jnp.where(magnitudes > 0, values, 1)
-        x = unravel(right @ ((left.T @ rhs) / safe))
+        exact = jax.lax.Precision.HIGHEST
+        x = unravel(jnp.matmul(right, jnp.matmul(left.T, rhs, precision=exact) / safe, precision=exact))
         wanted = request.wanted
         return x, StageInfo(
             num_matvecs=jnp.where(wanted, size, 0),
@@ -240,7 +242,8 @@ class LineaxStage(AbstractStage):
             solution_norm=size,
             residual_norm=jnp.zeros((), dtype),
             singular=request.wanted & flags[0] & given,
-            indefinite=jnp.asarray(False),
+            # Free, if blind to all directions but one: a positive definite A has xᵀAx > 0.
+            indefinite=known & self.symmetric & (tree_dot(x, request.rhs) < 0),
             exhausted=request.wanted & flags[1],
             nonfinite=request.wanted & ~flags[0] & ~finite,
         )

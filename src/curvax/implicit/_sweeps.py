@@ -189,7 +189,11 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
         leftover = jnp.maximum(inner - linear, 0)
         nu = leftover / jnp.maximum(curvature.lowest * c.step, jnp.finfo(dtype).tiny)
         mistrust = jnp.minimum(2 * jnp.maximum(nu, jnp.sqrt(nu)), MAX_NONLINEARITY)
-        return change * (1 + mistrust) + noise, floor
+        estimate = change * (1 + mistrust) + noise
+        # Far from the solution a Newton step may leave h as it is: a long step that the next one will not be much
+        # shorter than proves nothing, whatever the change.
+        far = ~(nu <= 1) & ~(c.step <= 0.1 * found.theta_norm)
+        return jnp.where(far, jnp.maximum(estimate, c.kept.norm), estimate), floor
     # Solves of unknown accuracy: successive changes contract by ρ, so the error is change/(1 − ρ); believed only
     # when the residuals fell too (a solver that returns zero makes no change).
     before = c.change
@@ -220,8 +224,9 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
     out_of_sweeps = swept & ~met & (sweeps >= limit)
     nonfinite = ~probing & ~found.finite
-    # A Newton step from a warm start that is too far away makes ‖F‖ grow.
-    diverged = warm & (c.phase <= FIRST) & ~(found.current.inner_residual <= 2 * c.residual)
+    # A Newton step from a point that is too far away makes ‖F‖ grow.
+    before = 2 * c.residual + 100 * accuracy.eps * c.curvature.highest * found.theta_norm
+    diverged = (c.phase <= FIRST) & (c.polished > 0) & ~(found.current.inner_residual <= before)
     stopped = judged & (c.pending != RESULTS.successful)
     over = RESULTS.where(rounding > request, RESULTS.precision_limited, RESULTS.inner_not_converged)
     why = RESULTS.where(nonfinite, RESULTS.nonfinite, RESULTS.where(stopped, c.pending, over))
@@ -256,6 +261,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     after_inner = POLISH if accuracy.max_sweeps > 1 else FIRST
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi)
     nothing = _Kept(nan, nowhere, start_theta, nan, untouched, nan, nan, inf)
+    known_min = jnp.where(state.warm, state.curvature_min.astype(dtype), inf)
     init = _Carry(
         theta=start_theta,
         adjoint=tree_where(state.warm, state.adjoint, zero_theta),
@@ -270,7 +276,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         linear_residual=zero,
         rtol=first_rtol,
         counts=_Counts(_integer(0), _integer(0), _integer(0)),
-        curvature=_Curvature(jnp.where(state.warm, state.curvature_min.astype(dtype), inf), inf, -inf, zero),
+        curvature=_Curvature(inf, inf, -inf, zero),
         no_influence=untouched,
         pending=RESULTS.successful,
         result=RESULTS.successful,
@@ -302,7 +308,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             atol=jnp.where(c.phase == POLISH, POLISH_TARGET * accuracy.rtol * found.theta_norm, 0),
             damping=damping,
             reference=tree_where(correction, zero_theta, c.adjoint),
-            curvature_min=c.curvature.ritz_min,
+            # What the call before has seen is a hint for a nearby curvature, and no more than that.
+            curvature_min=jnp.minimum(c.curvature.ritz_min, jnp.where(c.source == WARM, known_min, inf)),
         )
         theta = found.current.theta
         x, info = stage.solve(found.at, request, (task.rebuild(theta), task.args))
@@ -319,7 +326,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         no_influence = jnp.where(probing, vanishes & found.cross_vanishes, c.no_influence)
         # A leaf of the hypergradient that is exactly zero: is it unused? One more turn finds out.
         start_probe = verdict.accepted & jnp.any(vanishes)
-        wanted = ~verdict.accepted & ~probing & ~verdict.failed
+        # Under `vmap` a task that is done goes on turning with the others.
+        wanted = ~verdict.accepted & ~probing & ~verdict.failed & (c.phase != DONE)
         x, info, rtol = solve(c, found, verdict, wanted)
 
         exhausted = wanted & info.exhausted
@@ -365,7 +373,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         lowest = jnp.where(seen, jnp.minimum(c.curvature.lowest, info.curvature_min), c.curvature.lowest)
         highest = jnp.where(seen, jnp.maximum(c.curvature.highest, info.curvature_max), c.curvature.highest)
         return _Carry(
-            theta=tree_where(retry, start_theta, tree_where(moved & solve_theta, tree_add(theta, x), theta)),
+            theta=tree_where(retry, task.theta0, tree_where(moved & solve_theta, tree_add(theta, x), theta)),
             adjoint=tree_where(moved & ~solve_theta & ~retry, tree_add(c.adjoint, x), old_adjoint),
             kept=tree_where(retry, nothing, kept),
             phase=following.astype(jnp.int32),
@@ -391,13 +399,17 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
                 inner_steps,
             ),
             curvature=_Curvature(
-                jnp.minimum(c.curvature.ritz_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf)),
+                jnp.where(
+                    retry,
+                    inf,
+                    jnp.minimum(c.curvature.ritz_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf)),
+                ),
                 lowest,
                 highest,
                 jnp.where(seen, highest / jnp.abs(lowest), c.curvature.condition),
             ),
             no_influence=no_influence,
-            pending=pending,
+            pending=RESULTS.where(retry, RESULTS.successful, pending),
             result=result,
         )
 

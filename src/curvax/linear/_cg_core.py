@@ -259,7 +259,10 @@ def conjugate_gradient(
         # r at rounding level of Ax: nothing more can be won in this precision.
         status = jnp.where(residual_norm <= rounding, PRECISION_LIMITED, status)
         status = jnp.where(gamma < 0, INDEFINITE, status)
-        status = jnp.where(1 / ritz.low <= floor_of_singular * ritz.high, SINGULAR, status)
+        # In a long run lost orthogonality pushes the Ritz value below the spectrum: a vector must bear it out.
+        lowest = floor_of_singular * ritz.high
+        witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, inf))
+        status = jnp.where((1 / ritz.low <= lowest) & (witness <= 3 * lowest), SINGULAR, status)
         at_rounding = jnp.abs(curvature) <= floor_of_singular * norm * p_dot_p
         status = jnp.where(c.replace | advance, status, jnp.where(at_rounding, SINGULAR, INDEFINITE))
         status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
@@ -281,7 +284,7 @@ def conjugate_gradient(
         )
 
     end = jax.lax.while_loop(unfinished, body, start)
-    lowest = jnp.minimum(carried_min, 1 / end.ritz.low)
+    lowest = 1 / end.ritz.low
     plain = end.metric is None
     info = CGInfo(
         num_matvecs=end.num_matvecs,
