@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from curvax.cli import main
+from helpers.reports import assert_same, comparable
 
 HOSTILE = '</td><script>alert("1")</script>'
 FORMULA = "$x^{2$ & [red]b[/red]"
@@ -36,25 +37,6 @@ def write_classes(path):
         label = f'"{quoted}"' if a > 0 else FORMULA
         lines.append(f"{a:.3f},{b:.3f},{label}")
     path.write_text("\n".join(lines) + "\n")
-
-
-def comparable(folder):
-    """What the same run must reproduce."""
-    result = json.loads((folder / "result.json").read_text())
-    for row in result["methods"] + result["references"]:
-        del row["seconds"]
-    del result["resumed"]
-    with np.load(folder / "hyperparameters.npz", allow_pickle=False) as content:
-        arrays = {name: content[name] for name in content.files}
-    return result, arrays
-
-
-def assert_same(a, b):
-    """Bit for bit."""
-    assert a[0] == b[0]
-    assert a[1].keys() == b[1].keys()
-    for name in a[1]:
-        assert np.array_equal(a[1][name], b[1][name]), name
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ whole validation split.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -50,8 +51,15 @@ def score(measures: dict[str, Any]) -> tuple[float, float]:
 class Trainer:
     """Trains with given hyperparameters, by the inner solver of the run."""
 
-    def __init__(self, solver: optx.AbstractMinimiser, scale: float) -> None:
-        """`scale` is the standard deviation of the target (1 for classes)."""
+    def __init__(self, solver: optx.AbstractMinimiser, scale: float, check: Callable[[], None]) -> None:
+        """Set up the compiled functions.
+
+        Args:
+            solver: The inner solver.
+            scale: Standard deviation of the target, 1 for classes.
+            check: Called after each solve; may raise `KeyboardInterrupt`.
+        """
+        self._check = check
         self._solver = solver
         self._scale = scale
         self._solve = eqx.filter_jit(self._solution)
@@ -68,7 +76,9 @@ class Trainer:
 
     def solve(self, theta: Layers, phi: Phi, batch: dict[str, Any]) -> Layers:
         """The model trained on `batch` from `theta`."""
-        return self._solve(theta, phi, batch)
+        solution = self._solve(theta, phi, batch)
+        self._check()
+        return solution
 
     def outputs(self, theta: Layers, batch: dict[str, Any]) -> np.ndarray:
         """Predictions of a model."""

@@ -31,12 +31,11 @@ def load_bundled(options: Options) -> Dataset:
     if options.data == "diabetes":
         task, classes = "regression", ()
         y = np.asarray(bunch.target, np.float64)
-        split = split_numbers
+        train, validation, test = split_numbers(y, options.split, options.seed)
     else:
         task, classes = "classification", tuple(str(name) for name in bunch.target_names)
         y = np.asarray(bunch.target, np.int64)
-        split = split_rows
-    train, validation, test = split(y, options.split, options.seed)
+        train, validation, test = split_rows(y, options.split, options.seed)
     if is_digits:
         x = x / 16.0
     else:

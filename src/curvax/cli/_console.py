@@ -147,6 +147,10 @@ def warnings(result: dict[str, Any]) -> list[str]:
 def _overfitting(result: dict[str, Any]) -> list[str]:
     """A note if tuning did not help the test split."""
     rows = {row["key"]: row["test"] for row in result["methods"]}
+    if result["chosen_step"] == 0:
+        return [
+            "Note: no step was better than the start on the validation rows kept for stopping: tuned is untuned here."
+        ]
     worse = [row["label"] for row in result["methods"][:2] if _gain(rows[row["key"]], rows["tuned"]) < 0]
     if not worse:
         return []

@@ -55,6 +55,8 @@ def draw(outcome: Outcome, result: dict[str, Any]) -> dict[str, bytes]:
     shape, examples = outcome.plan.data.image_shape, result["lowest_weights"]
     with matplotlib.rc_context(_STYLE):
         pictures["curves"] = _png(_curves(outcome))
+        if outcome.step == 0:
+            return pictures  # nothing was learned
         if weights is not None:
             figure = _figure(6.6, 2.9)
             _histogram(figure.subplots(), weights, outcome.plan.data.corrupted)
@@ -128,8 +130,8 @@ def _histogram(axes: Axes, weights: np.ndarray, corrupted: np.ndarray | None) ->
     if corrupted is None:
         axes.hist(weights, edges, color=BLUE)
     else:
-        axes.hist(weights[~corrupted], edges, color=BLUE, alpha=0.85, label="label right")
-        axes.hist(weights[corrupted], edges, color=RED, alpha=0.75, label="label wrong")
+        parts = [weights[corrupted], weights[~corrupted]]
+        axes.hist(parts, edges, stacked=True, color=[RED, BLUE], label=["label wrong", "label right"])
         axes.legend(loc="upper center", fontsize=9)
     axes.set_title("Learned weight of each training example")
     axes.set_xlabel("weight (mean 1)")
@@ -188,7 +190,7 @@ def _penalties(outcome: Outcome, penalties: np.ndarray) -> Figure:
     axes.set_title(
         "L2 penalty of each input" + (" (smallest and largest)" if len(values) > _MAX_BARS else "")
     )
-    axes.set_xlabel("log10 of the penalty: the shorter the bar, the more the model may use the input")
+    axes.set_xlabel("log10 of the penalty (short: free to be used)")
     axes.margins(y=0.01)
     _grid(axes, "x")
     return figure

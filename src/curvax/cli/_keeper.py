@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -24,20 +25,23 @@ class Keeper:
     checkpoint: a resumed run chooses the same step as an uninterrupted one.
     """
 
-    def __init__(self, folder: pathlib.Path, batch: dict[str, Any], phi: Any, theta: Any) -> None:
+    def __init__(
+        self, folder: pathlib.Path, batch: dict[str, Any], start: Any, check: Callable[[], None]
+    ) -> None:
         """Start anew, or with what a run that is gone on with has written.
 
         Args:
             folder: The report folder.
             batch: The stopping part of the validation split.
-            phi: Hyperparameters, for their structure.
-            theta: Parameters, for their structure.
+            start: Hyperparameters and parameters, for their structure.
+            check: Called when a step is kept; may raise `KeyboardInterrupt`.
         """
         self._path = folder / _FILE
         self._batch = batch
         self._loss = eqx.filter_jit(outer)
-        self._structure = jax.tree.structure((phi, theta))
-        self._shapes = [leaf.shape for leaf in jax.tree.leaves((phi, theta))]
+        self._structure = jax.tree.structure(start)
+        self._shapes = [leaf.shape for leaf in jax.tree.leaves(start)]
+        self._check = check
         self.losses = np.zeros((0,))
         self._best: tuple[int, list[np.ndarray]] | None = None
         if any(entry.name.isdigit() for entry in (folder / CHECKPOINT).glob("*")):
@@ -65,6 +69,7 @@ class Keeper:
         step, leaves = self._best
         arrays = {f"leaf_{i}": leaf for i, leaf in enumerate(leaves)}
         write_npz(self._path, {"losses": self.losses, "step": np.asarray(step), **arrays})
+        self._check()
 
     def best(self) -> tuple[int, Any, Any]:
         """Step, hyperparameters and parameters of the lowest loss."""

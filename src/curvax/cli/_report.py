@@ -28,8 +28,8 @@ _CAPTIONS = {
     "weights": "All training examples start with weight 1. Examples that make the validation loss worse lose theirs.",
     "lowest_weights": "The training images with the lowest weights, each with the label that it was given and the one "
     "that the tuned model reads. Red: a label that was made wrong.",
-    "penalties": "All inputs start with the same penalty. A low one lets the model use the input, a high one "
-    "keeps it out.",
+    "penalties": "All inputs start with the same penalty. A low one lets training change what the model does with the "
+    "input; a high one keeps it out (logistic, ridge) or at its random start (mlp).",
 }
 _MAX_ROWS = 20
 
@@ -205,8 +205,7 @@ def _method(outcome: Outcome, result: dict[str, Any]) -> str:
         f"Each hypergradient comes with an estimate of its error. Median {_number(hypergradient['relative_error_median'])}, "
         f"largest {_number(hypergradient['relative_error_largest'])} of its length; {hypergradient['products']:,} products "
         "with the curvature of the training loss in all.",
-        f"{result['hyperparameters']['total']:,} hyperparameters can fit {data['validation']:,} validation rows too closely. "
-        "So 30 % of the validation split do not enter the hypergradients: they choose the step at which to stop "
+        "Many hyperparameters can fit a validation split too closely. So 30 % of it do not enter the hypergradients: they choose the step at which to stop "
         f"({result['chosen_step']:,} of {steps:,} here). The grid search chooses by the whole validation split.",
         f"The grid search had {steps + 1:,} inner solves, as many as the tuned run, over penalties from {largest:g} to "
         f"{smallest:g}, and kept the best.",

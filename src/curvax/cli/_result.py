@@ -91,8 +91,8 @@ def lowest(outcome: Outcome, number: int = _NUM_LOWEST) -> list[dict[str, Any]]:
         Place, target as given and as predicted, weight, and whether it was made wrong (None if nothing was).
     """
     weights = outcome.weights()
-    if weights is None:
-        return []
+    if weights is None or outcome.step == 0:
+        return []  # nothing was learned about any of them
     data, predicted = outcome.plan.data, predictions(outcome)
     result = []
     for i in np.argsort(weights, kind="stable")[:number]:

@@ -15,6 +15,7 @@ from curvax._results import describe
 from curvax.cli import _baselines, _console, _folder, _model, _plan, _result
 from curvax.cli import _hyperparameters as hyper
 from curvax.cli._errors import TuningError, UsageError
+from curvax.cli._interrupt import Interrupt
 from curvax.cli._keeper import Keeper
 from curvax.cli._measures import compare
 from curvax.cli._options import Options
@@ -54,17 +55,18 @@ def tune(options: Options, resume: str | None, given: frozenset[str]) -> None:
             f"{quoted(plan.data.name)} has changed since the run in {quoted(resume)}: start a new one"
         )
     try:
-        _run(plan, folder, resumed=resume is not None)
+        with Interrupt() as interrupt:
+            _run(plan, folder, interrupt, resumed=resume is not None)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"Go on with: curvax tune --resume {folder}") from None
 
 
-def _run(plan: _plan.Plan, folder: pathlib.Path, *, resumed: bool) -> None:
+def _run(plan: _plan.Plan, folder: pathlib.Path, interrupt: Interrupt, *, resumed: bool) -> None:
     options, voice = plan.options, _console.Voice(plan.options.quiet, plan.options.json)
     voice.say(_console.heading(_plan.describe(plan)), style="bold")
     for note in plan.data.notes:
         voice.say(note, style="dim")
-    outcome = _compute(plan, folder, resumed)
+    outcome = _compute(plan, folder, interrupt, resumed)
     result = _result.as_dict(outcome)
     _write(folder, outcome, result)
     voice.show(_console.table(result))
@@ -80,14 +82,14 @@ def _run(plan: _plan.Plan, folder: pathlib.Path, *, resumed: bool) -> None:
         raise TuningError(f"{_console.stopped_line(result)} The report shows what was reached.")
 
 
-def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.Outcome:
+def _compute(plan: _plan.Plan, folder: pathlib.Path, interrupt: Interrupt, resumed: bool) -> _result.Outcome:
     """Baselines, tuning, final training."""
     options = plan.options
     theta0 = _model.init(plan.sizes, options.seed)
     batches = plan.batches(theta0)
     tolerance = MLP_TOLERANCE if plan.model == "mlp" else TOLERANCE
     solver: Any = optx.LBFGS(rtol=tolerance, atol=tolerance)
-    trainer = _baselines.Trainer(solver, plan.scale)
+    trainer = _baselines.Trainer(solver, plan.scale, interrupt.check)
     num_solves = options.steps + 1  # as many as the tuned run makes
     rows = [
         _baselines.untuned(trainer, theta0, batches),
@@ -99,7 +101,7 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, resumed: bool) -> _result.O
 
     begin = time.perf_counter()
     phi0 = hyper.start(plan.groups, len(plan.data.train), len(plan.data.classes), theta0)
-    keeper = Keeper(folder, batches["stopping"], phi0, theta0)
+    keeper = Keeper(folder, batches["stopping"], (phi0, theta0), interrupt.check)
     solution = cx.minimise(
         _model.problem(),
         phi0,

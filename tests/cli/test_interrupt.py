@@ -1,0 +1,78 @@
+"""Ctrl-C in a process of its own: exit code 130, a hint, and nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from curvax.cli import main
+from helpers.reports import assert_same, comparable
+
+SECONDS = 240
+
+
+def start(*argv, cwd):
+    """`python -m curvax` with pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "curvax", *argv],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def wait_for(path, process):
+    """Until the file is there."""
+    deadline = time.monotonic() + SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def finish(process):
+    """Exit code, output, errors."""
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_resume_after(stop, tmp_path, capsys):
+    argv = ["tune", "diabetes", "--tune", "l2-per-feature"]
+    process = start(*argv, "--steps", "100000", "--out", "run", cwd=tmp_path)
+    wait_for(tmp_path / "run/best.npz", process)
+    time.sleep(0.2)
+    process.send_signal(stop)
+    code, out, err = finish(process)
+    if stop == signal.SIGINT:
+        assert code == 130
+        assert "curvax tune --resume run" in err
+        assert "Traceback" not in err
+        assert list((tmp_path / "run/checkpoint").glob("[0-9]*")), "a checkpoint was left"
+    else:
+        assert code == -signal.SIGKILL
+    with np.load(tmp_path / "run/best.npz", allow_pickle=False) as content:
+        steps = len(content["losses"]) + 2
+    assert not (tmp_path / "run/report.html").exists()
+    assert main(["tune", "--resume", str(tmp_path / "run"), "--steps", str(steps), "--quiet"]) == 0
+    assert main([*argv, "--steps", str(steps), "--quiet", "--out", str(tmp_path / "whole")]) == 0
+    assert_same(comparable(tmp_path / "run"), comparable(tmp_path / "whole"))
+
+
+def test_before_anything_was_made(tmp_path):
+    process = start("tune", "digits", "--out", "run", cwd=tmp_path)
+    wait_for(tmp_path / "run/run.json", process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert "curvax tune --resume run" in err
+    assert "Traceback" not in err
