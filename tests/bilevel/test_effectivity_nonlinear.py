@@ -23,14 +23,14 @@ REQUESTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8)
 
 
 def logistics(seed):
-    return [nonlinear.logistic_problem(seed + i) for i in range(16)]
+    return [nonlinear.logistic_problem(seed + 7919 * i) for i in range(16)]
 
 
 def networks(seed):
     """L2 weights from e^-4 to e^-1, targets of size one to three."""
     ranges = (((-4.0, -2.5), 1.0), ((-3.0, -1.5), 3.0), ((-2.5, -1.5), 2.0), ((-2.0, -1.0), 3.0))
     return [
-        nonlinear.network_problem(seed + i, strength=strength, scale=scale)
+        nonlinear.network_problem(seed + 7919 * i, strength=strength, scale=scale)
         for strength, scale in ranges
         for i in range(8)
     ]

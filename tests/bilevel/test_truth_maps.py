@@ -10,7 +10,7 @@ import curvax as cx
 from helpers import chains, compare, problems, run
 from helpers.problem import as_numpy
 
-RULE = cx.Implicit(rtol=1e-8)
+RULE = cx.Implicit(rtol=1e-6)
 SOLVER = optx.BFGS(rtol=1e-11, atol=1e-11)
 
 
