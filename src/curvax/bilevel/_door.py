@@ -24,8 +24,20 @@ def split(tree: PyTree, name: str) -> tuple[PyTree[Array], PyTree]:
     """Inexact arrays (half precision promoted to float32) and all the rest; refuses a tree without any."""
     dynamic, static = eqx.partition(tree, eqx.is_inexact_array)
     leaves = jax.tree.leaves(dynamic)
+    if name == "phi" and leaves:
+        # In theta a float is a setting of a module; in phi it is far more often a hyperparameter that was forgotten.
+        floats = [
+            jax.tree_util.keystr(path)
+            for path, leaf in jax.tree.leaves_with_path(static)
+            if type(leaf) is float
+        ]
+        if floats:
+            raise ValueError(
+                f"`phi` holds Python floats, which would not be tuned: {', '.join(floats)}. Wrap them in "
+                "`jnp.asarray(...)` to tune them, or close over them to keep them fixed."
+            )
     if not leaves:
-        found = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(tree)})
+        found = sorted({_kind(leaf) for leaf in jax.tree.leaves(tree)})
         raise ValueError(
             f"`{name}` holds no floating-point array, so there is nothing to differentiate: found "
             f"{found or 'no leaves'}. Wrap Python numbers in `jnp.asarray(..., dtype=float)`."
@@ -33,6 +45,10 @@ def split(tree: PyTree, name: str) -> tuple[PyTree[Array], PyTree]:
     if any(jnp.iscomplexobj(leaf) for leaf in leaves):
         raise TypeError(f"`{name}` holds complex arrays: split them into real and imaginary parts.")
     return promote_half(jax.tree.map(jnp.asarray, dynamic)), static
+
+
+def _kind(leaf: Any) -> str:
+    return f"array of {leaf.dtype}" if eqx.is_array(leaf) else type(leaf).__name__
 
 
 def check_inner_solver(problem: Bilevel, inner_solver: Any) -> None:
@@ -63,6 +79,25 @@ def check_key(inner_data: Any, outer_data: Any, key: Any) -> None:
         raise ValueError(
             f"`{'` and `'.join(names)}` draw at random, so that `key` is needed: pass `key=jax.random.key(0)`."
         )
+    if key is not None and not (eqx.is_array(key) and _is_key(key)):
+        raise TypeError(f"`key` must be a random key, `jax.random.key(0)`, got {_kind(key)}.")
+
+
+def _is_key(key: Any) -> bool:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    return typed or (key.dtype == jnp.uint32 and key.ndim == 1)
+
+
+def check_finite(**arguments: PyTree) -> None:
+    """Refuse NaN and infinities in what is given, while it is concrete."""
+    for name, tree in arguments.items():
+        for path, leaf in jax.tree.leaves_with_path(eqx.filter(tree, eqx.is_inexact_array)):
+            if isinstance(leaf, jax.core.Tracer):
+                continue
+            if not bool(jnp.all(jnp.isfinite(leaf))):
+                raise ValueError(
+                    f"`{name}{jax.tree_util.keystr(path)}` holds NaN or infinite values; clean them before the call."
+                )
 
 
 def closed(fn: Callable, theta_static: PyTree, phi_static: PyTree) -> Callable:

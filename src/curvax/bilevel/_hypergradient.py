@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._pytree import strong, tree_dtype, tree_zeros_like
 from curvax._results import RESULTS, describe
 from curvax.bilevel._data import is_sampler
-from curvax.bilevel._door import check_inner_solver, check_key, make_task, split
+from curvax.bilevel._door import check_finite, check_inner_solver, check_key, make_task, split
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._rule import AbstractRule, Outcome, State, Stats
 from curvax.unroll import Steps
@@ -188,7 +188,9 @@ def hypergradient(
         raise TypeError(f"`rule` must be `cx.Implicit(...)` or `cx.Unrolled()`, got {type(rule).__name__}.")
     check_inner_solver(problem, inner_solver)
     if state is None:
+        check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
         state = initial_state(problem, phi, theta0, inner_solver=inner_solver, rule=rule, key=key)
+    _check_state(state, theta0)
     check_key(inner_data, outer_data, state.key)
     rule.check(
         stochastic_steps=isinstance(inner_solver, Steps) and is_sampler(inner_data),
@@ -213,6 +215,21 @@ def _tolerances_as_arrays(item: Any) -> Any:
         if isinstance(getattr(item, name, None), float):
             item = eqx.tree_at(operator.attrgetter(name), item, jnp.asarray(getattr(item, name)))
     return item
+
+
+def _check_state(state: Any, theta0: PyTree) -> None:
+    """A state must be one of ours and fit theta0."""
+    if not isinstance(state, State):
+        raise TypeError(
+            f"`state` must be the `state` of an earlier hypergradient, got {type(state).__name__}."
+        )
+    wanted = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(theta0, eqx.is_inexact_array))]
+    found = [leaf.shape for leaf in jax.tree.leaves(state.theta)]
+    if wanted != found:
+        raise ValueError(
+            f"`state` belongs to another problem: its theta has the shapes {found}, `theta0` has {wanted}. "
+            "Start with `state=None`."
+        )
 
 
 def explain(out: Hypergradient, no_influence: PyTree[Array] | None = None) -> str:

@@ -17,7 +17,7 @@ from curvax._results import RESULTS, describe
 from curvax.bilevel._callbacks import split
 from curvax.bilevel._checkpoint import Checkpoint, Store
 from curvax.bilevel._descent import HypergradientDescent
-from curvax.bilevel._door import check_inner_solver
+from curvax.bilevel._door import check_finite, check_inner_solver
 from curvax.bilevel._driver import MIN_SCALE, Carry, initial, own
 from curvax.bilevel._history import History
 from curvax.bilevel._problem import Bilevel
@@ -212,6 +212,7 @@ def _check(phi0: PyTree, theta0: PyTree, optimizer: Any, num_steps: Any, key: Py
             )
         if not bool(tree_all_finite(leaves)):
             raise ValueError(f"minimise: `{name}` holds NaN or infinity; start from finite numbers.")
+    check_finite(**{name: batch for name, batch in data.items() if not callable(batch)})
     for name, batch in data.items():
         if callable(batch) and key is None:
             raise ValueError(

@@ -1,12 +1,13 @@
 """A bilevel problem: what the inner level solves and what the outer level minimises."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array
 
-from curvax.implicit._condition import AbstractCondition, Minimum
+from curvax.implicit._condition import AbstractCondition, FixedPoint, Minimum, Root
 
 
 class Bilevel(eqx.Module):
@@ -49,8 +50,27 @@ class Bilevel(eqx.Module):
                 f"{type(self.outer).__name__}."
             )
 
+        inner: Any = self.inner
+        check_arguments(inner.fn if isinstance(inner, FixedPoint | Root) else inner, "inner")
+        check_arguments(self.outer, "outer")
+
     @property
     def condition(self) -> AbstractCondition:
         """The inner level as a condition."""
         inner: Any = self.inner
         return inner if isinstance(inner, AbstractCondition) else Minimum(inner)
+
+
+def check_arguments(fn: Callable, name: str) -> None:
+    """Refuse a function that cannot take (theta, phi, batch); what has no signature passes."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` is called as {name}(theta, phi, batch), also where there is no data (batch is then None); its "
+            f"signature is {signature}."
+        ) from error

@@ -146,6 +146,10 @@ class FixedPoint(_Equation):
 
 def check_scalar(value: Any, name: str) -> None:
     """Refuse a loss that is not one real floating-point number, while tracing."""
+    if isinstance(value, tuple | list | dict) or value is None:
+        raise TypeError(
+            f"`{name}` must return one real floating-point scalar, got a {type(value).__name__}. Return the loss alone."
+        )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(

@@ -104,6 +104,10 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
     def __check_init__(self) -> None:
         _nonnegative(self.atol, "atol")
         _nonnegative(self.damping, "damping")
+        for name in ("rtol", "atol", "damping"):
+            value = getattr(self, name)
+            if isinstance(value, str | bool | complex):
+                raise TypeError(f"`{name}` of `Implicit` must be a number, got {value!r}.")
         if isinstance(self.rtol, int | float) and not 0 <= self.rtol < 1:
             raise ValueError(f"`rtol` of `Implicit` must lie in [0, 1) or be None, got {self.rtol}.")
         if isinstance(self.max_sweeps, bool) or not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:

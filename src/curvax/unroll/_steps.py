@@ -40,9 +40,9 @@ class Steps(eqx.Module):
 
     def __check_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(
-                f"`num_steps` of `Steps` must be an integer of at least 1, got {self.num_steps!r}."
-            )
+            swapped = callable(self.num_steps) or isinstance(self.num_steps, optax.GradientTransformation)
+            found = "an optimiser: are the arguments swapped?" if swapped else f"{self.num_steps!r}."
+            raise ValueError(f"`num_steps` of `Steps` must be an integer of at least 1, got {found}")
         if not isinstance(self.optimizer, optax.GradientTransformation) and not callable(self.optimizer):
             raise TypeError(
                 "`optimizer` of `Steps` must be an optax.GradientTransformation or a function phi -> transformation, "
