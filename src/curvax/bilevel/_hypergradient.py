@@ -108,7 +108,8 @@ def _compiled(
     data: tuple,
     state: State,
 ) -> tuple[Hypergradient, PyTree[Array]]:
-    phi, theta0, (inner_data, outer_data) = _undifferentiated((phi, theta0, data))
+    dynamic, static = eqx.partition((phi, theta0, data), eqx.is_inexact_array)
+    phi, theta0, (inner_data, outer_data) = eqx.combine(_undifferentiated(dynamic), static)
     key, next_key = (None, None) if state.key is None else tuple(jax.random.split(state.key))
     task = make_task(problem, phi, theta0, inner_solver, inner_data, outer_data, key)
     outcome: Outcome = rule.hypergradient(task, state)

@@ -177,12 +177,13 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
     """The error of the hypergradient before the last sweep, and how much of it is rounding."""
     dtype, change = found.change.dtype, found.change
     curvature, inner = c.curvature, found.current.inner_residual
-    floor = eps * (curvature.condition * found.cross + c.kept.norm + found.cross)
+    worst, own = eps * curvature.condition * found.cross, eps * (c.kept.norm + found.cross)
+    floor = worst + own
     if stage.knows_its_error:
         # At rounding level the change is one sample of the noise, and may miss it when h and h⁺ share it. The worst
         # case ε·κ·‖Bᵀq‖ is met only when all noise falls on the smallest eigenvalue: a fifth of it is
         # within 0.5 to 100 times the truth on thousands of quadratics, the whole of it is not.
-        noise = jnp.minimum(floor, jnp.maximum(1.5 * change, 0.2 * floor))
+        noise = jnp.minimum(worst, jnp.maximum(1.5 * change, 0.2 * worst)) + own
         # The next Newton step is at most ν‖d‖, as far as ‖F(θ⁺)‖ is not what the linear solve left. Near a degenerate
         # minimum its direction can be the one to which the hypergradient is most sensitive: √ν, measured on networks.
         linear = c.linear_residual + 10 * eps * curvature.highest * found.theta_norm
