@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
@@ -94,7 +95,8 @@ def check_finite(**arguments: PyTree) -> None:
         for path, leaf in jax.tree.leaves_with_path(eqx.filter(tree, eqx.is_inexact_array)):
             if isinstance(leaf, jax.core.Tracer):
                 continue
-            if not bool(jnp.all(jnp.isfinite(leaf))):
+            # NumPy: what is concrete stays so inside the caller's `jit`.
+            if not np.all(np.isfinite(np.asarray(leaf))):
                 raise ValueError(
                     f"`{name}{jax.tree_util.keystr(path)}` holds NaN or infinite values; clean them before the call."
                 )

@@ -189,7 +189,8 @@ def hypergradient(
         raise TypeError(f"`rule` must be `cx.Implicit(...)` or `cx.Unrolled()`, got {type(rule).__name__}.")
     check_inner_solver(problem, inner_solver)
     if state is None:
-        check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
+        if throw:  # without it nothing raises: the result says `nonfinite`
+            check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
         state = initial_state(problem, phi, theta0, inner_solver=inner_solver, rule=rule, key=key)
     _check_state(state, theta0)
     check_key(inner_data, outer_data, state.key)

@@ -186,7 +186,7 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
         noise = jnp.minimum(worst, jnp.maximum(1.5 * change, 0.2 * worst)) + own
         # The next Newton step is at most ν‖d‖, as far as ‖F(θ⁺)‖ is not what the linear solve left. Near a degenerate
         # minimum its direction can be the one to which the hypergradient is most sensitive: √ν, measured on networks.
-        linear = c.linear_residual + 10 * eps * curvature.highest * found.theta_norm
+        linear = c.linear_residual + 10 * eps * jnp.maximum(curvature.highest, 0) * found.theta_norm
         leftover = jnp.maximum(inner - linear, 0)
         nu = leftover / jnp.maximum(curvature.lowest * c.step, jnp.finfo(dtype).tiny)
         mistrust = jnp.minimum(2 * jnp.maximum(nu, jnp.sqrt(nu)), MAX_NONLINEARITY)
@@ -225,8 +225,9 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
     out_of_sweeps = swept & ~met & (sweeps >= limit)
     nonfinite = ~probing & ~found.finite
-    # A Newton step from a point that is too far away makes ‖F‖ grow.
-    before = 2 * c.residual + 100 * accuracy.eps * c.curvature.highest * found.theta_norm
+    # A Newton step from a point that is too far away makes ‖F‖ grow. (Where F was zero nothing is known of A yet.)
+    highest = jnp.maximum(c.curvature.highest, 0)
+    before = 2 * c.residual + 100 * accuracy.eps * highest * found.theta_norm
     diverged = (c.phase <= FIRST) & (c.polished > 0) & ~(found.current.inner_residual <= before)
     stopped = judged & (c.pending != RESULTS.successful)
     over = RESULTS.where(rounding > request, RESULTS.precision_limited, RESULTS.inner_not_converged)
