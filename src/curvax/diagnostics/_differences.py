@@ -113,7 +113,10 @@ def differentiate(fn: Callable[[float], np.ndarray], step: float, noise: np.ndar
         h = step / _RATIO**level
         above, below = np.atleast_1d(fn(h)), np.atleast_1d(fn(-h))
         steps.append(h)
-        slopes.append((np.asarray(above, np.float64) - np.asarray(below, np.float64)) / (2.0 * h))
+        with np.errstate(
+            invalid="ignore"
+        ):  # ∞ − ∞ where the re-solve diverges: a NaN, which no entry is made of
+            slopes.append((np.asarray(above, np.float64) - np.asarray(below, np.float64)) / (2.0 * h))
         finished = level + 1 >= _MIN_LEVELS
         for i in range(noise.size):
             entries = _tableau(steps, [float(slope[i]) for slope in slopes])
