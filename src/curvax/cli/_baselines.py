@@ -48,11 +48,24 @@ def score(measures: dict[str, Any]) -> tuple[float, float]:
     return -measures["rmse"], 0.0
 
 
+_predict = eqx.filter_jit(predict)
+
+
+def _objective(theta: Layers, args: tuple[Phi, dict[str, Any]]) -> Array:
+    return inner(theta, *args)
+
+
+@eqx.filter_jit
+def _solve(solver: Any, theta: Layers, phi: Phi, batch: dict[str, Any]) -> Layers:
+    solution = optx.minimise(_objective, solver, theta, (phi, batch), max_steps=_MAX_STEPS, throw=False)
+    return solution.value
+
+
 class Trainer:
     """Trains with given hyperparameters, by the inner solver of the run."""
 
     def __init__(self, solver: optx.AbstractMinimiser, scale: float, check: Callable[[], None]) -> None:
-        """Set up the compiled functions.
+        """Keep what every call needs.
 
         Args:
             solver: The inner solver.
@@ -62,27 +75,16 @@ class Trainer:
         self._check = check
         self._solver = solver
         self._scale = scale
-        self._solve = eqx.filter_jit(self._solution)
-        self._predict = eqx.filter_jit(predict)
-
-    def _solution(self, theta: Layers, phi: Phi, batch: dict[str, Any]) -> Layers:
-        def objective(theta: Layers, args: tuple) -> Array:
-            return inner(theta, *args)
-
-        solution = optx.minimise(
-            objective, self._solver, theta, (phi, batch), max_steps=_MAX_STEPS, throw=False
-        )
-        return solution.value
 
     def solve(self, theta: Layers, phi: Phi, batch: dict[str, Any]) -> Layers:
         """The model trained on `batch` from `theta`."""
-        solution = self._solve(theta, phi, batch)
+        solution = _solve(self._solver, theta, phi, batch)
         self._check()
         return solution
 
     def outputs(self, theta: Layers, batch: dict[str, Any]) -> np.ndarray:
         """Predictions of a model."""
-        return np.asarray(self._predict(theta, batch["x"]))
+        return np.asarray(_predict(theta, batch["x"]))
 
     def measure(self, theta: Layers, batch: dict[str, Any]) -> dict[str, Any]:
         """Quality of a model on `batch`."""

@@ -3,6 +3,7 @@
 Every group is unconstrained inside and natural outside: weights are a logistic function, penalties an exponential.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -155,7 +156,8 @@ def adam_of_one_scale(
     return optax.GradientTransformation(init, update)
 
 
-def optimizer(groups: Sequence[str]) -> optax.GradientTransformation:
+@functools.cache
+def optimizer(groups: tuple[str, ...]) -> optax.GradientTransformation:
     """The outer optimiser: one scale for the weights of examples, Adam for the penalties.
 
     Args:

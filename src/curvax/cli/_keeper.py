@@ -16,6 +16,7 @@ from curvax.cli._model import outer
 from curvax.cli._text import quoted
 
 _FILE = "best.npz"
+_loss = eqx.filter_jit(outer)
 
 
 class Keeper:
@@ -38,7 +39,6 @@ class Keeper:
         """
         self._path = folder / _FILE
         self._batch = batch
-        self._loss = eqx.filter_jit(outer)
         self._structure = jax.tree.structure(start)
         self._shapes = [leaf.shape for leaf in jax.tree.leaves(start)]
         self._check = check
@@ -59,7 +59,7 @@ class Keeper:
 
     def __call__(self, info: cx.Info) -> None:
         """Take in a step."""
-        loss = float(self._loss(info.theta, info.phi, self._batch))
+        loss = float(_loss(info.theta, info.phi, self._batch))
         # After a crash the steps since the last checkpoint are made a second time. They are the same, so
         # that a best one among them is kept until it is reached again.
         self.losses = np.append(self.losses[: info.step], loss)

@@ -9,6 +9,7 @@ units of an mlp die under a large penalty and stay dead at a saddle point under 
 is then no minimum, and has no hypergradient.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -106,6 +107,7 @@ def outer(theta: Layers, phi: Phi, batch: dict[str, Array]) -> Float[Array, ""]:
     return jnp.mean(losses(theta, batch))
 
 
+@functools.cache
 def problem() -> Any:
-    """The bilevel problem of all models; built once a run, so that it is compiled once."""
+    """The bilevel problem of all models; one object, since another one would be compiled again."""
     return cx.Bilevel(inner=inner, outer=outer)
