@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from curvax._pytree import tree_axpy, tree_dot, tree_dtype, tree_norm, tree_size, tree_sub
+from curvax._pytree import tree_all_finite, tree_axpy, tree_dot, tree_dtype, tree_norm, tree_size, tree_sub
 from curvax._results import RESULTS, describe
 from curvax.bilevel import Bilevel, hypergradient
 from curvax.diagnostics._differences import FiniteDifference, differentiate
@@ -269,9 +269,11 @@ def check_hypergradient(
     # Tightened here, so that another tolerance of the user's solver compiles nothing anew.
     tight = tighten(inner_solver, float(jnp.finfo(tree_dtype(eqx.filter(theta0, eqx.is_inexact_array))).eps))
     setting = Setting(problem, phi, theta0, tight, inner_data, outer_data, key, follows_path)
-    base = base_point(setting, hg.theta, False)
+    # Where no hypergradient could be computed the solver may have run off to infinity: start anew.
+    reached = hg.theta if bool(tree_all_finite(hg.grad)) else theta0
+    base = base_point(setting, reached, False)
     if not bool(base.converged):
-        base = base_point(setting, hg.theta, True)
+        base = base_point(setting, reached, True)
     evaluator = _Evaluator(setting, base)
     if rtol is None:
         # φ in half precision: its gradient is rounded to that, however exactly it was computed.
