@@ -207,8 +207,9 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
         <= jnp.maximum(0.5 * c.kept.adjoint_residual, noise * found.adjoint_norm)
     )
     trusted = jnp.isfinite(before) & fell & (at_noise | (ratio < 0.9))
-    limit = jnp.maximum(change, jnp.where(at_noise, before, 0)) / (1 - jnp.minimum(ratio, 0.99))
-    return jnp.where(trusted, limit + floor, jnp.inf), floor
+    # At noise level the ratio of two changes is chance: take the larger one.
+    limit = jnp.where(at_noise, jnp.maximum(change, before), change / (1 - jnp.minimum(ratio, 0.9)))
+    return jnp.where(trusted, limit + 0.5 * worst + own, jnp.inf), floor
 
 
 def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accuracy) -> _Judgement:
@@ -225,9 +226,10 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
     out_of_sweeps = swept & ~met & (sweeps >= limit)
     nonfinite = ~probing & ~found.finite
-    # A Newton step from a point that is too far away makes ‖F‖ grow. (Where F was zero nothing is known of A yet.)
+    # A Newton step from a point that is too far away makes ‖F‖ grow, beyond what the linear solve left of it: one
+    # that stops on its forward error may. (Where F was zero nothing is known of A yet.)
     highest = jnp.maximum(c.curvature.highest, 0)
-    before = 2 * c.residual + 100 * accuracy.eps * highest * found.theta_norm
+    before = 2 * jnp.maximum(c.residual, c.linear_residual) + 100 * accuracy.eps * highest * found.theta_norm
     diverged = (c.phase <= FIRST) & (c.polished > 0) & ~(found.current.inner_residual <= before)
     stopped = judged & (c.pending != RESULTS.successful)
     over = RESULTS.where(rounding > request, RESULTS.precision_limited, RESULTS.inner_not_converged)
