@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import pathlib
+import shutil
 
 import equinox as eqx
 import jax
@@ -134,12 +135,11 @@ def _truncate(path):
 @pytest.mark.parametrize("damage", [_flip, _truncate, pathlib.Path.unlink])
 def test_damaged_file_is_never_read_as_another_state(tmp_path, damage):
     """Whatever file of the newest checkpoint is damaged: the same state, or the one before with a warning."""
-    count = len(_files(_written(tmp_path / "probe") / "2"))
+    probe = _written(tmp_path / "probe")
     fallen_back = 0
-    for index in range(count):
-        directory = _written(tmp_path / str(index))
-        path = sorted(_files(directory / "2"))[index]
-        damage(path)
+    for index, path in enumerate(sorted(_files(probe / "2"))):
+        directory = pathlib.Path(shutil.copytree(probe, tmp_path / str(index)))
+        damage(directory / path.relative_to(probe))
         store = _open(directory)
         with pytest.warns(UserWarning) if _is_unreadable(directory) else contextlib.nullcontext():
             state, _ = store.load(_state(0), tuple(EXTRA))

@@ -93,19 +93,32 @@ OTHER = {
 }
 
 
+@pytest.mark.parametrize("sweeps", [1, 3])
 @pytest.mark.parametrize("name", OTHER)
-def test_other_linear_solvers(name, seed):
-    """Solvers that stop on a residual: the contraction of two sweeps has to notice."""
+def test_other_linear_solvers(name, sweeps, seed):
+    """Solvers that stop on a residual: the corrections that judge them have to notice."""
     stopped = stack(seed, n=16, conditions=(1e1, 1e2, 1e3, 1e4), every=5)
     rtols = requests(stopped, seed)
-    row = effectivity.measure(stopped, rtols, linear_solver=OTHER[name](), max_sweeps=3)
+    row = effectivity.measure(stopped, rtols, linear_solver=OTHER[name](), max_sweeps=sweeps)
     ratio = effectivity.effectivity(row, EPS)
     counted = ~row.flagged
     print(effectivity.report(name, ratio, counted, labels(stopped, rtols)))
     assert counted.mean() > 0.5
     assert ratio[counted].min() >= 0.5
-    assert np.median(ratio[counted]) <= 5.0
+    # After three sweeps a direct solver has left nothing but rounding, whose size is known to a factor of ten.
+    assert np.median(ratio[counted]) <= (5.0 if sweeps == 1 else 10.0)
+    check_upper(stopped, row, counted, EPS)
     assert not np.any(row.met & (row.error > 2.05 * rtols * row.size))
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+@pytest.mark.parametrize("size", [12, 40])
+def test_roots(size, sweeps, seed):
+    """A non-symmetric Jacobian with the same solution: the hypergradient of the minimum is the truth."""
+    stopped = stack(seed, n=size, conditions=(1e1, 1e2, 1e3, 1e4), every=4)
+    rtols = requests(stopped, seed)
+    row = effectivity.measure(stopped, rtols, max_sweeps=sweeps, **effectivity.ROOT)
+    judge(f"root, {sweeps} sweeps", stopped, row, rtols)
 
 
 def test_preconditioned(seed):

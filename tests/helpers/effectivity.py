@@ -8,11 +8,13 @@ import numpy as np
 import optax
 
 import curvax as cx
-from helpers.stopped import Stack, stopped_inner, stopped_outer
+from helpers.stay import Stay
+from helpers.stopped import Stack, stopped_inner, stopped_outer, stopped_root
 
 # One gradient step of length zero: the inner "solution" is the start that the case prescribes.
 STAY = cx.Steps(optax.sgd(0.0), 1)
 PROBLEM = cx.Bilevel(inner=stopped_inner, outer=stopped_outer)
+ROOT = {"problem": cx.Bilevel(inner=cx.Root(stopped_root), outer=stopped_outer), "solver": Stay()}
 
 FAILURES = {
     "singular": cx.RESULTS.singular_curvature,

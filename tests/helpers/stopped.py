@@ -34,6 +34,14 @@ def stopped_inner(theta, phi, batch):
     return 0.5 * theta @ (batch["H"] @ theta) + penalty - theta @ (batch["B"] @ phi + batch["b"])
 
 
+def stopped_root(theta, phi, batch):
+    """R ∇g with a fixed non-normal R: the same solution and hypergradient, a non-symmetric Jacobian."""
+    penalty = batch["s"] * jnp.exp(phi) * theta
+    slope = batch["H"] @ theta + penalty - batch["B"] @ phi - batch["b"]
+    # A shear and a cyclic shift: condition about 3, far from symmetric.
+    return jnp.roll(slope + 0.5 * jnp.roll(slope, 2), 1)
+
+
 def stopped_outer(theta, phi, batch):
     """½ (w − t)ᵀM(w − t) + cᵀw: no direct term."""
     offset = theta - batch["t"]

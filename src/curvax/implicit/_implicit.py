@@ -16,6 +16,7 @@ from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.implicit._single import run_single
 from curvax.implicit._stage import (
     DENSE_SIZE,
+    DENSE_SIZE_GENERAL,
     AbstractStage,
     CheckedStage,
     ConjugateGradientStage,
@@ -56,7 +57,8 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         atol: Absolute accuracy of the hypergradient, in its units; decides near an outer optimum, where the
             gradient vanishes.
         linear_solver: A Lineax solver for the adjoint. By default conjugate gradients that stop on their forward
-            error for minima (a dense decomposition up to 32 unknowns), `cx.linear.Auto` for roots and fixed points.
+            error for minima (a dense decomposition up to 32 unknowns); for roots and fixed points a dense
+            decomposition up to 128 unknowns, then `cx.linear.Auto`.
             The corrections that judge the result are made by the same defaults whatever is given here; a root or fixed
             point with more unknowns is judged by the contraction of two sweeps instead.
         preconditioner: A positive definite operator ≈ A⁻¹, or a function (theta, args) -> operator with
@@ -194,7 +196,8 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
                 )
             return ConjugateGradientStage(self.preconditioner, solver.max_steps), solver.rtol
         own: AbstractStage | None = None
-        if size <= DENSE_SIZE and (self.preconditioner is None or solver is not None):
+        small = DENSE_SIZE if symmetric else DENSE_SIZE_GENERAL
+        if size <= small and (self.preconditioner is None or solver is not None):
             own = DenseStage(symmetric)
         elif symmetric:
             own = ConjugateGradientStage(self.preconditioner, None)

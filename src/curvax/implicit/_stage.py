@@ -32,7 +32,10 @@ from curvax.linear._cg_core import (
     default_max_steps,
 )
 
+# Up to here a matrix is formed and decomposed: beyond it conjugate gradients win for symmetric ones; for the others
+# there is nothing that knows its error, which is worth more than the time of a decomposition.
 DENSE_SIZE = 32
+DENSE_SIZE_GENERAL = 128
 
 
 class StageInfo(NamedTuple):
@@ -129,7 +132,7 @@ class ConjugateGradientStage(AbstractStage):
 
 
 class DenseStage(AbstractStage):
-    """The matrix formed from n products and decomposed, for up to `DENSE_SIZE` unknowns.
+    """The matrix formed from n products and decomposed, for few unknowns.
 
     Eigendecomposition when symmetric, singular values otherwise: both tell exactly what is wrong with A.
     """
