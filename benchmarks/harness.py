@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -103,7 +103,7 @@ def milliseconds(times: list[float]) -> float:
     return statistics.median(times) * 1e3
 
 
-def ratio(numerator: list[float], denominator: list[float]) -> float:
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """Median of the ratios of neighbours in time, less noisy than the ratio of medians."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 

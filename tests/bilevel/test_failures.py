@@ -435,3 +435,17 @@ def test_wrong_use_is_refused(name):
 def test_right_use_is_not():
     hg = _call(quadratic, quadratic)
     np.testing.assert_allclose(np.asarray(hg.theta), 1.0, atol=1e-6)
+
+
+def test_solver_that_wants_the_default_precision_says_so():
+    """Optimistix's LBFGS does not trace float32 where float64 is the default; the remedy is in the message."""
+    problem = cx.Bilevel(inner=lambda w, a, _: jnp.sum((w - a) ** 2), outer=lambda w, a, _: jnp.sum(w**2))
+    with pytest.raises((TypeError, ValueError)) as caught:
+        cx.hypergradient(
+            problem,
+            jnp.ones(3, jnp.float32),
+            jnp.zeros(3, jnp.float32),
+            inner_solver=optx.LBFGS(1e-4, 1e-4),
+            rule=cx.Implicit(rtol=1e-2),
+        )
+    assert any("cast `theta0` to float64" in note for note in caught.value.__notes__)

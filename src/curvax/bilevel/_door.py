@@ -135,11 +135,22 @@ def solve_optimistix(
     """The inner solution by an Optimistix solver; `args` is (phi, batch)."""
     adjoint = optx.ImplicitAdjoint() if adjoint is None else adjoint
     options: dict = {"max_steps": MAX_INNER_STEPS, "throw": throw, "adjoint": adjoint}
-    if isinstance(condition, Minimum):
-        return optx.minimise(lambda t, a: condition.fn(t, *a), solver, theta, args, **options)
-    if isinstance(solver, optx.AbstractFixedPointSolver):
-        return optx.fixed_point(lambda t, a: condition.fn(t, *a), solver, theta, args, **options)
-    return optx.root_find(lambda t, a: condition.residual(t, *a), solver, theta, args, **options)
+    try:
+        if isinstance(condition, Minimum):
+            return optx.minimise(lambda t, a: condition.fn(t, *a), solver, theta, args, **options)
+        if isinstance(solver, optx.AbstractFixedPointSolver):
+            return optx.fixed_point(lambda t, a: condition.fn(t, *a), solver, theta, args, **options)
+        return optx.root_find(lambda t, a: condition.residual(t, *a), solver, theta, args, **options)
+    except (TypeError, ValueError) as error:
+        dtype = jnp.result_type(float)
+        if any(leaf.dtype != dtype for leaf in jax.tree.leaves(theta)):
+            error.add_note(
+                f"`theta0` is not {dtype}, JAX's default, and some Optimistix solvers (`LBFGS`, `Dogleg`, "
+                f"`LevenbergMarquardt`, `FixedPointIteration`) need it to be. If this error comes from within "
+                f"{type(solver).__name__}, cast `theta0` to {dtype}, switch `jax_enable_x64`, or use `optx.BFGS` or "
+                "`optx.Newton`."
+            )
+        raise
 
 
 def make_task(

@@ -14,6 +14,7 @@ from curvax.bilevel._data import is_sampler
 from curvax.bilevel._door import check_finite, check_inner_solver, check_key, make_task, split
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._rule import AbstractRule, Outcome, State, Stats
+from curvax.implicit._trend import no_trend
 from curvax.unroll import Steps
 
 
@@ -26,7 +27,7 @@ class Hypergradient(eqx.Module):
         theta: The inner solution that `value` and `grad` belong to.
         result: `cx.RESULTS.successful`, or what went wrong.
         stats: Residuals, error estimate, counts and curvature bounds.
-        state: Warm starts (θ, adjoint, smallest Ritz value, random key) for the next call.
+        state: Warm starts (θ, adjoint, where they are heading, smallest Ritz value, random key) for the next call.
     """
 
     value: Float[Array, ""]
@@ -68,7 +69,7 @@ def initial_state(
         state = cx.bilevel.initial_state(problem, jnp.array(0.5), jnp.zeros(3), **method)
         ```
     """
-    del problem, inner_solver, rule
+    del problem, inner_solver
     phi_dynamic, _ = split(phi, "phi")
     theta, _ = split(theta0, "theta0")
     return State(
@@ -76,6 +77,7 @@ def initial_state(
         adjoint=tree_zeros_like(theta),
         curvature_min=jnp.asarray(jnp.inf, tree_dtype((theta, phi_dynamic))),
         warm=jnp.asarray(False),
+        trend=no_trend(phi_dynamic, theta) if rule.follows_trend else None,
         key=key,
     )
 

@@ -164,6 +164,11 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
                 "`Implicit(rtol=None)` for a stochastic hypergradient without an estimate."
             )
 
+    @property
+    def follows_trend(self) -> bool:
+        """With an estimate a warm start is only corrected, so that a better one saves work."""
+        return self.rtol is not None
+
     def hypergradient(self, task: Task, state: State) -> Outcome:
         """The hypergradient by sweeps, reported and never raised."""
         dtype = tree_dtype((task.theta0, task.phi))
@@ -171,7 +176,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         estimated = self.rtol is not None
         rtol = jnp.asarray(self.rtol if estimated else eps**0.5, dtype)
         stage, own_rtol = self._stage(task)
-        first = jnp.clip(0.25 * rtol, 10 * eps, 0.1) if own_rtol is None else own_rtol
+        first = jnp.clip(0.5 * rtol, 10 * eps, 0.1) if own_rtol is None else own_rtol
         accuracy = Accuracy(
             eps=eps,
             rtol=rtol,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from curvax._results import RESULTS
 from curvax.implicit._condition import AbstractCondition
+from curvax.implicit._trend import Trend
 
 
 class Stats(eqx.Module):
@@ -44,6 +45,8 @@ class State(eqx.Module):
         adjoint: Adjoint vector, like `theta`.
         curvature_min: Smallest Ritz value seen; infinite where none was.
         warm: Whether the fields above hold anything.
+        trend: The last step of phi and what it changed, to start the next call where that leads; None for rules
+            that solve to the end from any start.
         key: Random key for the next draws, or None where nothing is drawn.
     """
 
@@ -51,6 +54,7 @@ class State(eqx.Module):
     adjoint: PyTree[Array]
     curvature_min: Float[Array, ""]
     warm: Bool[Array, ""]
+    trend: Trend | None
     key: Array | None
 
 
@@ -105,6 +109,11 @@ class AbstractRule(eqx.Module):
     @abc.abstractmethod
     def hypergradient(self, task: Task, state: State) -> Outcome:
         """The derivative of f(θ(φ), φ) with respect to φ. Must not raise at run time: report."""
+
+    @property
+    def follows_trend(self) -> bool:
+        """Whether `State.trend` is worth its memory: two vectors like phi and two like theta."""
+        return False
 
     @abc.abstractmethod
     def check(self, *, stochastic_steps: bool, has_rollout: bool) -> None:

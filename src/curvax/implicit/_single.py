@@ -92,6 +92,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         adjoint=tree_where(usable, adjoint, tree_zeros_like(adjoint)),
         curvature_min=jnp.where(info.ritz_min > 0, info.ritz_min, inf).astype(state.curvature_min.dtype),
         warm=usable,
+        trend=state.trend,
         key=state.key,
     )
     # Of a solve that broke down nothing is left to be believed.

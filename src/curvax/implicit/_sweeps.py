@@ -37,11 +37,12 @@ from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, run_once, why_failed
+from curvax.implicit._trend import extrapolate, follow
 
 CORRECTION_RTOL = 0.1  # forward error of a correction: 0.3 was fooled in prototypes, 0.1 was not
 WARM_SWEEPS = 4  # sweeps that a warm start may spend before the inner solver is called
 MAX_NONLINEARITY = 10.0  # cap of the factor by which a Newton step outside its quadratic regime is mistrusted
-POLISH_TARGET = 0.3  # polishing ends when the error of θ is expected below this share of rtol
+POLISH_TARGET = 0.5  # polishing ends when the error of θ is expected below this share of rtol
 
 # What a turn does. POLISH → POLISH | FIRST, FIRST → SWEEP_THETA, which judges and goes to SWEEP_ADJOINT and back.
 POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, PROBE, DONE = range(6)
@@ -258,7 +259,10 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     zero, untouched = jnp.zeros((), dtype), jnp.zeros(len(jax.tree.leaves(task.phi)), bool)
     zero_theta = tree_zeros_like(task.theta0)
     probe = tree_generic_like(task.theta0)
-    start_theta = tree_where(state.warm, state.theta, task.theta0)
+    led = state.theta, state.adjoint
+    if state.trend is not None:
+        led = extrapolate(state.trend, task.phi, *led)
+    start_theta = tree_where(state.warm, led[0], task.theta0)
     loose = jnp.asarray(CORRECTION_RTOL, dtype)
     # A first correction has to win more than a digit when much accuracy is wanted.
     first_rtol = jnp.clip(0.3 * jnp.sqrt(accuracy.rtol), 3e-4, CORRECTION_RTOL).astype(dtype)
@@ -268,7 +272,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     known_min = jnp.where(state.warm, state.curvature_min.astype(dtype), inf)
     init = _Carry(
         theta=start_theta,
-        adjoint=tree_where(state.warm, state.adjoint, zero_theta),
+        adjoint=tree_where(state.warm, led[1], zero_theta),
         kept=nothing,
         phase=jnp.where(state.warm, POLISH, after_inner).astype(jnp.int32),
         source=jnp.where(state.warm, WARM, INNER_NOW).astype(jnp.int32),
@@ -437,11 +441,16 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         curvature_min=jnp.where(jnp.isfinite(curvature.lowest), curvature.lowest, nan),
         curvature_max=jnp.where(jnp.isfinite(curvature.highest), curvature.highest, nan),
     )
+    trend = state.trend
+    if trend is not None:
+        before, after = (state.theta, state.adjoint), (end.theta, end.adjoint)
+        trend = follow(trend, task.phi, before, after, state.warm & usable)
     new_state = State(
         theta=tree_where(usable, end.theta, tree_where(state.warm, state.theta, task.theta0)),
         adjoint=tree_where(usable, end.adjoint, tree_zeros_like(end.adjoint)),
         curvature_min=curvature.ritz_min,
         warm=usable,
+        trend=trend,
         key=state.key,
     )
     no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), list(end.no_influence))
