@@ -58,8 +58,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_resume_after(stop, whole, tmp_path):
-    # More steps than can be made before the signal; the resumed run is told to make as many as the whole one.
-    process = start(*ARGV, "--steps", "100000", "--out", "run", cwd=tmp_path)
+    # Enough steps not to be finished before the signal; the resumed run is told to make as many as the whole one.
+    process = start(*ARGV, "--steps", "400", "--out", "run", cwd=tmp_path)
     wait_for(tmp_path / "run/best.npz", process)
     process.send_signal(stop)
     code, _, err = finish(process)

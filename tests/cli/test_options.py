@@ -14,6 +14,7 @@ WRONG = [
     (["frobnicate"], "invalid choice"),
     (["tune"], "name a CSV file"),
     (["tune", "data.csv"], "--target is missing"),
+    (["tune", "digit"], "did you mean the bundled 'digits'"),
     (["tune", "digits", "extra"], "unrecognized arguments"),
     (["tune", "digits", "--target", "x"], "bundled data set"),
     (["tune", "wine", "--drop", "x"], "bundled data set"),
@@ -42,6 +43,7 @@ WRONG = [
     (["tune", "digits", "--corrupt", "0.1", "--task", "regression"], "--corrupt is for classification"),
     (["tune", "digits", "--overwrite"], "--overwrite needs --out"),
     (["tune", "a.csv", "--target", "y", "--drop", "y"], "--drop names the target"),
+    (["tune", "a.csv", "--target", "y", "--categorical", "y"], "take --task classification"),
     (["tune", "digits", "--resume", "there"], "leave DATA out"),
     (["tune", "--resume", "there", "--seed", "1"], "leave --seed out"),
     (["tune", "digits", "--st", "5"], "unrecognized arguments"),
@@ -94,6 +96,7 @@ def test_help_names_every_group_and_option(capsys):
         main(["tune", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
     for name in GROUPS:
         assert name in text
     for field in dataclasses.fields(Options):

@@ -11,6 +11,7 @@ from curvax.cli import main
 from helpers.reports import assert_same, comparable
 
 HOSTILE = '</td><script>alert("1")</script>'
+KEY = "<script>key</script>"
 FORMULA = "$x^{2$ & [red]b[/red]"
 STEPS = ["--steps", "4", "--quiet"]
 
@@ -18,7 +19,7 @@ STEPS = ["--steps", "4", "--quiet"]
 def write_regression(path):
     """Numbers, categories, gaps, one column of keys."""
     rng = np.random.default_rng(0)
-    lines = [f'key,size,"{FORMULA}",kind,price']
+    lines = [f'{KEY},size,"{FORMULA}",kind,price']
     for i in range(90):
         size, other, kind = rng.uniform(1, 5), rng.normal(), "uvw"[rng.integers(3)]
         price = 1000 * size + 300 * "uvw".index(kind) + 50 * rng.normal()
@@ -75,7 +76,7 @@ def test_regression_result(regression):
     result, arrays = comparable(regression)
     assert result["data"]["task"] == "regression"
     assert result["model"] == {"name": "ridge", "sizes": [7, 1]}
-    assert "key" in result["data"]["notes"][1]
+    assert KEY in result["data"]["notes"][1]
     assert [row["key"] for row in result["methods"]] == ["untuned", "grid", "tuned"]
     assert [row["inner_solves"] for row in result["methods"]] == [1, 5, 5], "the same budget"
     assert result["hyperparameters"] == {"l2": 1, "l2-per-feature": 7, "sample-weights": 54, "total": 62}
@@ -159,8 +160,7 @@ def test_report_is_one_safe_document(name, request):
     assert "default-src 'none'" in content
     pictures = document.tags.count("img")
     assert pictures == len(list(folder.glob("*.png"))) == 3
-    if name == "classes":
-        assert HOSTILE in document.text, "shown as it is written"
+    assert {"regression": KEY, "classes": HOSTILE}[name] in document.text, "shown as it is written"
 
 
 def test_folder_holds_what_it_says_and_nothing_else(regression):
@@ -253,7 +253,7 @@ def test_out_is_never_overwritten_unasked(regression, place, capsys):
     before = {path: path.read_bytes() for path in regression.iterdir() if path.is_file()}
     argv = ["tune", str(place / "houses.csv"), "--target", "price", "--quiet", "--out"]
     assert main([*argv, str(regression)]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not empty: name another folder, or add --overwrite" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in regression.iterdir() if path.is_file()} == before
     precious = place / "precious"
     precious.mkdir()

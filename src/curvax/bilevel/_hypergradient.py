@@ -207,10 +207,19 @@ def hypergradient(
         return out
     failed = out.result != RESULTS.successful
     if isinstance(failed, jax.core.Tracer):
-        return out.result.error_if(out, failed)
+        return _raise_if(failed, out)
     if bool(failed):
         raise RuntimeError(explain(out, no_influence))
     return out
+
+
+def _raise_if(failed: Array, out: Hypergradient) -> Hypergradient:
+    """`out.result.error_if(out, failed)` without a copy of `out`: the check goes through one boolean.
+
+    A select by that boolean fuses with whatever made the array; `error_if` on the arrays hands them to a branch.
+    """
+    sound = out.result.error_if(~failed, failed)
+    return jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan) if eqx.is_inexact_array(x) else x, out)
 
 
 def _tolerances_as_arrays(item: Any) -> Any:

@@ -61,7 +61,9 @@ def parse_numbers(name: str, cells: list[str], lines: list[int]) -> np.ndarray |
         if _NUMBER.match(cell):
             numbers[i] = float(cell)
         if _INFINITE.match(cell) or np.isinf(numbers[i]):
-            raise UsageError(f"column {quoted(name)}, line {lines[i]}: {quoted(cell)} is infinite")
+            raise UsageError(
+                f"column {quoted(name)}, line {lines[i]}: {quoted(cell)} is infinite; correct it, or remove the row"
+            )
         if np.isnan(numbers[i]):
             odd.append(i)
     if not odd:
@@ -115,7 +117,10 @@ def encode(
         names += [label for label, _ in new]
         parts += [values for _, values in new]
     if not parts:
-        raise UsageError("no column is left to predict from: each is the target, dropped, or constant")
+        raise UsageError(
+            "no column is left to predict from: each is the target, dropped, constant, or text that is "
+            "nearly everywhere different"
+        )
     if constant:
         notes.append(
             f"Left out, since they are the same or all different in every training row: {', '.join(constant)}."

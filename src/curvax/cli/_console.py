@@ -1,5 +1,7 @@
 """What a run says in the terminal: one heading, one table, a few lines."""
 
+import contextlib
+import sys
 from typing import Any
 
 from rich import box
@@ -21,6 +23,12 @@ class Voice:
         """Print one line; nothing in it is taken as markup."""
         if self._console is not None:
             self._console.print(Text(text, style=style))
+
+    def busy(self, text: str) -> contextlib.AbstractContextManager[Any]:
+        """Say on a terminal what is going on, for as long as it does."""
+        if self._console is None or not sys.stderr.isatty():
+            return contextlib.nullcontext()
+        return Console(stderr=True).status(Text(text))
 
     def show(self, table: Table) -> None:
         """Print a table."""
@@ -44,6 +52,8 @@ def quality_name(result: dict[str, Any]) -> str:
 
 def seconds(value: float) -> str:
     """A time, with as many digits as it deserves."""
+    if value < 0.05:
+        return "< 0.1 s"
     return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
 
 
@@ -110,6 +120,12 @@ def comparison_line(result: dict[str, Any]) -> str | None:
     )
 
 
+def time_line(result: dict[str, Any]) -> str:
+    """What the times of the table are."""
+    since = ", for the tuned model that since it was resumed" if result["resumed"] else ""
+    return f"Times are those that each method takes on its own, compilation included{since}."
+
+
 def noise_line(result: dict[str, Any]) -> str:
     """How well the weights find the wrong labels."""
     noise = result["label_noise"]
@@ -129,7 +145,8 @@ def findings(result: dict[str, Any]) -> list[str]:
             f"{hypergradient['relative_error_median']:.1e}, largest {hypergradient['relative_error_largest']:.1e}."
         )
     noise = None if result["label_noise"] is None else noise_line(result)
-    lines = [comparison_line(result), noise, error, reference_line(result), *_overfitting(result)]
+    lines = [comparison_line(result), noise, error, time_line(result), reference_line(result)]
+    lines += _overfitting(result)
     return [line for line in lines if line is not None]
 
 

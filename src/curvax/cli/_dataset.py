@@ -217,6 +217,8 @@ def _column(table: Table, name: str, option: str) -> str:
     names = list(table.columns)
     listed = ", ".join(printable(n, 30) for n in names[:8]) + (", …" if len(names) > 8 else "")
     hint = f"did you mean {quoted(close[0])}?" if close else f"its columns are {listed}"
+    if len(names) == 1:
+        hint = f"its only column is {quoted(names[0])} (cells are separated by commas, tabs or semicolons)"
     raise UsageError(f"{option}: {quoted(table.name)} has no column {quoted(name)}; {hint}")
 
 
@@ -225,9 +227,10 @@ def _target(table: Table, name: str, options: Options) -> tuple[str, np.ndarray,
     cells = table.columns[name]
     absent = [line for cell, line in zip(cells, table.lines, strict=True) if is_missing(cell)]
     if absent:
+        others = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise UsageError(
-            f"column {quoted(name)} is the target and has {len(absent)} missing values, the first on line {absent[0]}: "
-            "remove these rows or fill them in"
+            f"column {quoted(name)} is the target and has no value on line {absent[0]}{others}: remove the row or "
+            "fill it in"
         )
     if len(set(cells)) == 1:
         raise UsageError(f"column {quoted(name)} is the target and has the same value in every row")
@@ -253,14 +256,17 @@ def _target(table: Table, name: str, options: Options) -> tuple[str, np.ndarray,
     counts = Counter(cells)
     label, fewest = min(counts.items(), key=lambda item: (item[1], item[0]))
     if len(counts) > _MAX_CLASSES or (fewest < 3 and len(counts) > len(cells) / 5):
+        hint = "take --task regression if it is a number"
+        if wanted is None and numbers is None:
+            hint = f"nor are they numbers (for example {quoted(cells[0])}; write numbers as 1234.5)"
         raise UsageError(
             f"column {quoted(name)} has {len(counts)} different values in {len(cells)} rows: too many for classes; "
-            "take --task regression if it is a number"
+            + hint
         )
     if fewest < 3:
         raise UsageError(
-            f"class {quoted(label)} of column {quoted(name)} has {fewest} rows; each class needs 3 or more (one for "
-            "each split): merge or remove it"
+            f"class {quoted(label)} of column {quoted(name)} has {fewest} {'row' if fewest == 1 else 'rows'}; "
+            "each class needs 3 or more (one for each split): merge or remove it"
         )
     classes = sorted(counts, key=_natural)
     index = {label: i for i, label in enumerate(classes)}
@@ -277,7 +283,7 @@ def _numbers(name: str, cells: list[str], lines: list[int], wanted: str | None) 
         raise UsageError(str(error).replace(", or take all as categories with --categorical", "")) from None
     if numbers is None:
         raise UsageError(f"column {quoted(name)} is the target of a regression, but not numeric (for example "
-                         f"{quoted(cells[0])}); take --task classification")  # fmt: skip
+                         f"{quoted(cells[0])}): write numbers as 1234.5, or take --task classification")  # fmt: skip
     return numbers
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from curvax.cli._hyperparameters import START_PENALTY
 from curvax.cli._result import Outcome
 from curvax.cli._text import printable
 
@@ -37,7 +40,7 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.9,
 }
 _DPI = 160
-_MAX_BARS = 24
+_MAX_INPUTS, _MAX_NAME = 24, 34
 
 
 def draw(outcome: Outcome, result: dict[str, Any]) -> dict[str, bytes]:
@@ -62,7 +65,8 @@ def draw(outcome: Outcome, result: dict[str, Any]) -> dict[str, bytes]:
             _histogram(figure.subplots(), weights, outcome.plan.data.corrupted)
             pictures["weights"] = _png(figure)
         if examples and shape is not None:
-            figure = _figure(8.2, 5.2)
+            figure = _figure(8.2, 5.5)
+            figure.suptitle(_gallery_title(outcome), fontsize=10.5, fontweight="bold")
             _gallery(figure, examples, outcome, 4, 8)
             pictures["lowest_weights"] = _png(figure)
         if by_input is not None:
@@ -99,23 +103,32 @@ def _curves(outcome: Outcome) -> Figure:
     figure = _figure(8.2, 2.9)
     left, right = figure.subplots(1, 2)
     stopping, chosen = outcome.stopping, outcome.step
-    left.plot(steps, history["value"], color=BLUE, label="seen by the hypergradient")
-    left.plot(np.arange(len(stopping)), stopping, color=GREEN, linestyle=(0, (4, 1.5)), label="not seen")
+    left.plot(steps, history["value"], color=BLUE, label="rows that the hypergradient sees")
     left.plot(
-        chosen, stopping[chosen], "o", color=GREEN, markersize=7, markeredgecolor="white", label="chosen step"
+        np.arange(len(stopping)),
+        stopping,
+        color=GREEN,
+        linestyle=(0, (4, 1.5)),
+        label="rows kept for stopping",
     )
+    marker = {"markersize": 7, "markeredgecolor": "white", "clip_on": False, "zorder": 3}
+    left.plot(chosen, stopping[chosen], "o", color=GREEN, label=f"chosen: step {chosen:,}", **marker)
     left.set_title("Validation loss")
+    is_class = outcome.plan.data.task == "classification"
+    left.set_ylabel(
+        "mean cross entropy" if is_class else "half mean squared error\n(target scaled to deviation 1)"
+    )
     left.set_ylim(bottom=0 if history["value"].min() > 0 else None)
     left.legend(loc="best", fontsize=8.5)
     norm, error = history["grad_norm"], history["error_estimate"]
+    # An estimate may say less than rounding, even 0, which a logarithmic axis cannot show.
+    error = np.maximum(error, np.finfo(error.dtype).eps * norm)
     right.plot(steps, norm, color=BLUE, label="length of the hypergradient")
     right.plot(steps, error, color=RED, linestyle=(0, (4, 2)), label="its estimated error")
     if np.all(norm > 0):
         right.set_yscale("log")
-        shown = error[np.isfinite(error) & (error > 0)]
-        if shown.size and shown.min() < 1e-6 * norm.max():
-            right.set_ylim(bottom=max(float(shown.min()), 1e-12 * float(norm.max())))
     right.set_title("Hypergradient")
+    right.set_ylabel("Euclidean norm")
     right.legend(loc="best", fontsize=8.5)
     for axes in (left, right):
         axes.set_xlabel("outer step")
@@ -132,12 +145,17 @@ def _histogram(axes: Axes, weights: np.ndarray, corrupted: np.ndarray | None) ->
     else:
         parts = [weights[corrupted], weights[~corrupted]]
         axes.hist(parts, edges, stacked=True, color=[RED, BLUE], label=["label wrong", "label right"])
-        axes.legend(loc="upper center", fontsize=9)
+        axes.legend(loc="best", fontsize=9)
     axes.set_title("Learned weight of each training example")
     axes.set_xlabel("weight (mean 1)")
     axes.set_ylabel("examples")
     axes.set_xlim(0, edges[-1])
     _grid(axes)
+
+
+def _gallery_title(outcome: Outcome) -> str:
+    wrong = "" if outcome.plan.data.corrupted is None else " (red: made wrong)"
+    return f"Lowest weights: label given → read{wrong}"
 
 
 def _gallery(figure: Any, examples: list[dict[str, Any]], outcome: Outcome, rows: int, columns: int) -> None:
@@ -165,35 +183,67 @@ def _gallery(figure: Any, examples: list[dict[str, Any]], outcome: Outcome, rows
 
 
 def _penalties(outcome: Outcome, penalties: np.ndarray) -> Figure:
-    data, values = outcome.plan.data, np.log10(penalties)
+    """A map of the pixels, or a line for each input, from where all of them start to its own penalty."""
+    data = outcome.plan.data
+    label = "penalty, logarithmic"
+    if "l2-per-weight" in outcome.phi:
+        label = "geometric mean of the penalties, logarithmic"
+    # At least a factor of two around the start, so that small changes look small.
+    low, high = min(penalties.min(), START_PENALTY / 2), max(penalties.max(), 2 * START_PENALTY)
     if data.image_shape is not None:
-        figure = _figure(4.4, 3.3)
+        figure = _figure(5.0, 3.5)
         axes = figure.subplots()
-        picture = axes.imshow(values.reshape(data.image_shape), cmap="YlGnBu_r", interpolation="nearest")
+        picture = axes.imshow(
+            penalties.reshape(data.image_shape),
+            cmap="YlGnBu_r",
+            norm=LogNorm(low, high),
+            interpolation="nearest",
+        )
         axes.set_title("L2 penalty of each pixel")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for side in ("left", "bottom"):
-            axes.spines[side].set_visible(False)
-        bar = figure.colorbar(picture, ax=axes, shrink=0.85, label="log10 of the penalty")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[["left", "bottom"]].set_visible(False)
+        bar = figure.colorbar(picture, ax=axes, shrink=0.85, label=label)
+        _log_ticks(bar.ax.yaxis, low, high)
+        bar.ax.axhline(START_PENALTY, color=RED, linewidth=2)
+        bar.ax.text(-0.4, START_PENALTY, "start", color=RED, ha="right", va="center", fontsize=8.5)
         bar.outline.set_visible(False)  # type: ignore[operator]
         return figure
-    order = np.argsort(values, kind="stable")
-    if len(order) > _MAX_BARS:
-        order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
-    order = order[::-1]
-    figure = _figure(7.2, 1.1 + 0.24 * len(order))
+    order: list[int | None] = np.argsort(-penalties, kind="stable").tolist()
+    if len(order) > _MAX_INPUTS:
+        order = [*order[: _MAX_INPUTS // 2], None, *order[-_MAX_INPUTS // 2 :]]
+    figure = _figure(7.2, 1.3 + 0.24 * len(order))
     axes = figure.subplots()
-    low = values.min() - 0.25
-    axes.barh(np.arange(len(order)), values[order] - low, left=low, color=BLUE, height=0.62)
-    axes.set_yticks(np.arange(len(order)), [printable(data.inputs[i], 34) for i in order], fontsize=8.5)
-    axes.set_title(
-        "L2 penalty of each input" + (" (smallest and largest)" if len(values) > _MAX_BARS else "")
-    )
-    axes.set_xlabel("log10 of the penalty (short: free to be used)")
-    axes.margins(y=0.01)
+    axes.axvline(START_PENALTY, color=MUTED, linewidth=1.2, label=f"start of all: {START_PENALTY:g}")
+    places = [place for place, i in enumerate(order) if i is not None]
+    shown = penalties[[i for i in order if i is not None]]
+    axes.hlines(places, START_PENALTY, shown, color=PALE, linewidth=2.5)
+    axes.plot(shown, places, "o", color=BLUE, markersize=6)
+    between = f"({len(penalties) - _MAX_INPUTS:,} inputs between)"
+    names = [between if i is None else _shortened(data.inputs[i]) for i in order]
+    axes.set_yticks(np.arange(len(order)), names, fontsize=8.5)
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.4, high * 1.4)
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    _log_ticks(axes.xaxis, low, high)
+    axes.set_title("L2 penalty of each input")
+    axes.set_xlabel(f"{label}\n(lower: the input is used more freely)")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, fontsize=8.5)
     _grid(axes, "x")
     return figure
+
+
+def _log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers (mathematics is switched off here), more of them than powers of ten where these are few."""
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 2000 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _shortened(name: str) -> str:
+    """A name that keeps its end: "column = level" differs there."""
+    text = printable(name, len(name))
+    half = _MAX_NAME // 2
+    return text if len(text) <= _MAX_NAME else f"{text[:half]}…{text[1 - half :]}"
 
 
 def _overview(outcome: Outcome, result: dict[str, Any], weights: np.ndarray) -> Figure:
@@ -212,12 +262,12 @@ def _overview(outcome: Outcome, result: dict[str, Any], weights: np.ndarray) -> 
         bars.text(error + width + 0.02 * max(errors), place, f"{error:.1f} %", va="center", fontsize=9.5)
     bars.set_yticks(places, list(names.values()))
     bars.invert_yaxis()
-    bars.set_xlim(0, 1.2 * (max(errors) + max(spread)))
+    bars.set_xlim(0, 1.2 * (max(errors) + max(spread)) or 1.0)
     bars.set_xticks([])
     bars.spines["bottom"].set_visible(False)
     bars.tick_params(length=0)
-    bars.set_title("Test error")
+    bars.set_title("Test error (± one standard error)")
     _histogram(histogram, weights, outcome.plan.data.corrupted)
-    right.suptitle("Lowest weights: label given → label read", fontsize=10.5, fontweight="bold")
+    right.suptitle(_gallery_title(outcome), fontsize=10.5, fontweight="bold")
     _gallery(right, result["lowest_weights"], outcome, 4, 6)
     return figure

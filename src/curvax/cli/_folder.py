@@ -68,10 +68,12 @@ def _named(folder: pathlib.Path, overwrite: bool) -> pathlib.Path:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {quoted(folder)} is a file: name a folder")
     entries = list(folder.iterdir()) if folder.is_dir() else []
+    if entries and not (folder / RUN).is_file():
+        raise UsageError(
+            f"--out {quoted(folder)} is not empty and holds no report of curvax: name another folder"
+        )
     if entries and not overwrite:
         raise UsageError(f"--out {quoted(folder)} is not empty: name another folder, or add --overwrite")
-    if entries and not (folder / RUN).is_file():
-        raise UsageError(f"--out {quoted(folder)} holds no report of curvax: it is not overwritten")
     for entry in entries:
         if entry.name == CHECKPOINT and entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -1,5 +1,6 @@
 """Keeps the best point of a tuning run, judged by validation rows that the hypergradient does not see."""
 
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Keeper:
         # After a crash the steps since the last checkpoint are made a second time. They are the same, so
         # that a best one among them is kept until it is reached again.
         self.losses = np.append(self.losses[: info.step], loss)
-        if self._best is None or (self._best[0] < info.step and loss < self.losses[self._best[0]]):
+        if self._best is None or (self._best[0] < info.step and self._is_better(loss, self._best[0])):
             leaves = jax.tree.leaves((info.phi, info.theta))
             self._best = (info.step, [np.asarray(leaf) for leaf in leaves])
         step, leaves = self._best
@@ -71,8 +72,12 @@ class Keeper:
         write_npz(self._path, {"losses": self.losses, "step": np.asarray(step), **arrays})
         self._check()
 
+    def _is_better(self, loss: float, step: int) -> bool:
+        """Whether a loss is below that of a step; any finite one is if that of the step is not finite."""
+        return math.isfinite(loss) and not loss >= self.losses[step]
+
     def best(self) -> tuple[int, Any, Any]:
-        """Step, hyperparameters and parameters of the lowest loss."""
+        """Step, hyperparameters and parameters of the lowest finite loss; those of the start if there is none."""
         assert self._best is not None
         step, leaves = self._best
         phi, theta = jax.tree.unflatten(self._structure, [jax.numpy.asarray(leaf) for leaf in leaves])

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -15,20 +16,23 @@ BUNDLED = ("digits", "wine", "breast_cancer", "diabetes")
 
 _EPILOG = """\
 examples:
-  curvax tune digits                          the bundled digits, 30 % of the training labels made wrong
-  curvax tune data.csv --target price         a table of your own: one row an example, a header line
-  curvax tune data.csv --target kind --tune sample-weights,l2 --model mlp
-  curvax tune --resume reports/data           go on after Ctrl-C or a crash
+  curvax tune digits                   bundled, 30 % of the labels made wrong
+  curvax tune data.csv --target price  a table of your own, with a header line
+  curvax tune data.csv --target kind --model mlp --tune sample-weights,l2
+  curvax tune --resume reports/data    go on after Ctrl-C or a crash
 
 groups for --tune (any number of them, separated by commas):
-  sample-weights   one weight for each training example; finds wrong labels and outliers
+  sample-weights   one weight for each training example: wrong labels and
+                   outliers get low ones
   class-weights    one weight for each class (classification)
   l2               one L2 penalty for all weights of the model
   l2-per-feature   one L2 penalty for each input
   l2-per-layer     one L2 penalty for each layer (--model mlp)
   l2-per-weight    one L2 penalty for each weight of the model
 
-exit codes: 0 done, 1 the tuning failed, 2 wrong use or unusable data, 130 interrupted (resumable)
+exit codes:
+  0 done, 1 the tuning failed, 2 wrong use or unusable data,
+  130 interrupted (--resume goes on)
 """
 
 
@@ -132,42 +136,67 @@ def parser() -> argparse.ArgumentParser:
     tune = commands.add_parser(
         "tune",
         help="tune any number of hyperparameters of a model by hypergradient",
-        description="Tune hyperparameters of a model by hypergradient on a validation split, compare with the "
-        "untuned model and with a grid search of the same budget on a test split, and write a report.",
+        description="Tune hyperparameters of a model by hypergradient on a validation split, compare\n"
+        "on a test split with the untuned model and with a grid search that has as many\n"
+        "inner solves, and write a report.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # so that --resume can tell what was given
     )
     add = tune.add_argument
-    add("data", nargs="?", metavar="DATA", help=f"a CSV or TSV file, or one of: {', '.join(BUNDLED)}")
-    add("--target", metavar="COLUMN", help="the column to be predicted (needed for a file)")
-    add("--task", choices=TASKS, help="default: detected from the target")
-    add("--model", choices=MODELS, help="default: logistic for classification, ridge for regression")
+    add(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help=f"a CSV or TSV file with a header line, or one of the bundled: {', '.join(BUNDLED)}",
+    )
+    add("--target", metavar="COLUMN", help="column to be predicted (needed for a file)")
+    add("--task", choices=TASKS, help="what the target is (default: judged by its values)")
+    add(
+        "--model",
+        choices=MODELS,
+        help="what is trained (default: logistic for classification, ridge for regression)",
+    )
     add(
         "--tune",
         type=_groups,
         metavar="GROUPS",
-        help="default: l2-per-feature, and sample-weights from 200 validation rows on or with --corrupt",
+        help="what is tuned, see below (default: l2-per-feature; also sample-weights if there are 200 validation "
+        "rows or more, or labels made wrong)",
     )
-    add("--steps", type=_integer(1, 100_000, "a number"), metavar="N", help="outer steps (default 40)")
     add(
-        "--seed", type=_integer(0, 2**32 - 1, "a number"), metavar="N", help="of splits and start (default 0)"
+        "--steps",
+        type=_integer(1, 100_000, "a number"),
+        metavar="N",
+        help="outer steps: changes of the hyperparameters (default 40)",
+    )
+    add(
+        "--seed",
+        type=_integer(0, 2**32 - 1, "a number"),
+        metavar="N",
+        help="of the splits, --corrupt and the start (default 0)",
     )
     add("--split", type=_split, metavar="A/B/C", help="train/validation/test in percent (default 60/20/20)")
     add("--corrupt", type=_fraction, metavar="F", help="make this fraction of the training labels wrong, to see "
-        "whether they are found (default 0.3 for digits, else 0)")  # fmt: skip
+        "whether they are found: 0 to 0.9 (default 0.3 for digits, else 0)")  # fmt: skip
     add("--drop", action="append", metavar="COLUMN", help="leave a column out (repeatable)")
-    add("--categorical", action="append", metavar="COLUMN", help="take numbers as categories (repeatable)")
+    add(
+        "--categorical",
+        action="append",
+        metavar="COLUMN",
+        help="take the numbers of a column as categories (repeatable)",
+    )
     add(
         "--hidden",
         type=_integer(1, 4096, "a number"),
         metavar="N",
-        help="hidden units of the mlp (default 16)",
+        help="hidden units of --model mlp (default 16)",
     )
-    add("--out", metavar="DIR", help="report folder (default: a fresh one in reports/)")
-    add("--overwrite", action="store_true", help="allow --out to replace an earlier report")
-    add("--resume", metavar="DIR", help="go on with the run in this report folder")
+    add("--out", metavar="DIR", help="report folder, new or empty (default: a fresh one in reports/)")
+    add("--overwrite", action="store_true", help="let --out replace an earlier report")
+    add("--resume", metavar="DIR", help="go on with the run in this report folder and with its options; "
+        "only --steps, --quiet and --json may be given again")  # fmt: skip
     add("--quiet", action="store_true", help="print nothing but the place of the report")
     add("--json", action="store_true", help="print result.json instead of the table")
     return top
@@ -209,9 +238,13 @@ def _check(options: Options) -> None:
             f"{options.data} is a bundled data set: --target, --drop and --categorical are for files"
         )
     if not bundled and options.target is None:
-        raise UsageError("--target is missing: name the column to be predicted")
+        close = difflib.get_close_matches(options.data, BUNDLED, n=1)
+        hint = f" (did you mean the bundled {close[0]!r}?)" if close else ""
+        raise UsageError(f"--target is missing: name the column to be predicted{hint}")
     if options.target is not None and options.target in options.drop:
         raise UsageError(f"--drop names the target {options.target!r}")
+    if options.target is not None and options.target in options.categorical:
+        raise UsageError(f"--categorical names the target {options.target!r}: take --task classification")
     if options.overwrite and options.out is None:
         raise UsageError("--overwrite needs --out (without --out a fresh folder is made)")
     if options.hidden is not None and options.model != "mlp":

@@ -14,6 +14,7 @@ from curvax.cli._console import (
     quality_name,
     reference_line,
     seconds,
+    time_line,
     warnings,
 )
 from curvax.cli._options import Options
@@ -23,8 +24,8 @@ from curvax.cli._text import number, printable
 
 _CAPTIONS = {
     "curves": "Left: the loss on the part of the validation split that the hypergradients see, on the part that they do not, "
-    "and the step that the second one chose. Right: the length of the hypergradient and the estimate of its error; as "
-    "long as the dashed line is far below the other, the direction can be trusted.",
+    "and the step that the second one chose. Right: the length of the hypergradient and the estimate of its error, drawn "
+    "no lower than rounding; as long as the dashed line is far below the other, the direction can be trusted.",
     "weights": "All training examples start with weight 1. Examples that make the validation loss worse lose theirs.",
     "lowest_weights": "The training images with the lowest weights, each with the label that it was given and the one "
     "that the tuned model reads. Red: a label that was made wrong.",
@@ -148,7 +149,8 @@ def _comparison(result: dict[str, Any]) -> str:
     )
     note = (
         '<p class="note">± is one standard error of the test (or validation) split. The validation column is what '
-        "each method chose by; only the test column is a fair comparison. Times include compilation.</p>"
+        "each method chose by; only the test column is a fair comparison. "
+        f"{_text(time_line(result), 200)}</p>"
     )
     said = [line for line in (comparison_line(result), reference_line(result)) if line]
     below = "".join(f"<p>{_text(line, 400)}</p>" for line in said)

@@ -66,7 +66,7 @@ def _run(plan: _plan.Plan, folder: pathlib.Path, interrupt: Interrupt, *, resume
     voice.say(_console.heading(_plan.describe(plan)), style="bold")
     for note in plan.data.notes:
         voice.say(note, style="dim")
-    outcome = _compute(plan, folder, interrupt, resumed)
+    outcome = _compute(plan, folder, voice, interrupt, resumed)
     result = _result.as_dict(outcome)
     _write(folder, outcome, result)
     voice.show(_console.table(result))
@@ -82,7 +82,9 @@ def _run(plan: _plan.Plan, folder: pathlib.Path, interrupt: Interrupt, *, resume
         raise TuningError(f"{_console.stopped_line(result)} The report shows what was reached.")
 
 
-def _compute(plan: _plan.Plan, folder: pathlib.Path, interrupt: Interrupt, resumed: bool) -> _result.Outcome:
+def _compute(
+    plan: _plan.Plan, folder: pathlib.Path, voice: _console.Voice, interrupt: Interrupt, resumed: bool
+) -> _result.Outcome:
     """Baselines, tuning, final training."""
     options = plan.options
     theta0 = _model.init(plan.sizes, options.seed)
@@ -91,13 +93,14 @@ def _compute(plan: _plan.Plan, folder: pathlib.Path, interrupt: Interrupt, resum
     solver: Any = optx.LBFGS(rtol=tolerance, atol=tolerance)
     trainer = _baselines.Trainer(solver, plan.scale, interrupt.check)
     num_solves = options.steps + 1  # as many as the tuned run makes
-    rows = [
-        _baselines.untuned(trainer, theta0, batches),
-        _baselines.grid(trainer, theta0, batches, num_solves),
-    ]
-    references = []
-    if plan.data.corrupted is not None:
-        references = _baselines.references(trainer, theta0, batches, plan.data.corrupted, num_solves)
+    with voice.busy(f"for comparison: the untuned model and a grid search with {num_solves:,} inner solves"):
+        rows = [
+            _baselines.untuned(trainer, theta0, batches),
+            _baselines.grid(trainer, theta0, batches, num_solves),
+        ]
+        references = []
+        if plan.data.corrupted is not None:
+            references = _baselines.references(trainer, theta0, batches, plan.data.corrupted, num_solves)
 
     begin = time.perf_counter()
     phi0 = hyper.start(plan.groups, len(plan.data.train), len(plan.data.classes), theta0)

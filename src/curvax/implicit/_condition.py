@@ -37,6 +37,12 @@ class AbstractCondition(eqx.Module):
         """F and its derivatives at (θ, φ)."""
 
     @abc.abstractmethod
+    def cross(
+        self, theta: PyTree[Array], phi: PyTree[Array], batch: PyTree, vector: PyTree[Array]
+    ) -> PyTree[Array]:
+        """Bᵀ q alone, for a caller who needs it once: nothing that it needs is kept while A is solved with."""
+
+    @abc.abstractmethod
     def with_function(self, transform: Callable[[Callable], Callable]) -> "AbstractCondition":
         """The same kind of condition of `transform(function)`."""
 
@@ -71,6 +77,12 @@ class Minimum(AbstractCondition):
         hessian = jax.linear_transpose(lambda v: products(v)[0], theta)
         return Linearised(residual, lambda v: hessian(v)[0], products)
 
+    def cross(
+        self, theta: PyTree[Array], phi: PyTree[Array], batch: PyTree, vector: PyTree[Array]
+    ) -> PyTree[Array]:
+        """∇_φ g differentiated along a direction of θ."""
+        return jax.jvp(lambda point: jax.grad(self.fn, 1)(point, phi, batch), (theta,), (vector,))[1]
+
     def with_function(self, transform: Callable[[Callable], Callable]) -> "Minimum":
         """A minimum of the transformed function."""
         return Minimum(transform(self.fn))
@@ -89,6 +101,12 @@ class _Equation(AbstractCondition):
         residual, apply = jax.linearize(lambda point: self.residual(point, phi, batch), theta)
         _, transposed = jax.vjp(lambda point, hyper: self.residual(point, hyper, batch), theta, phi)
         return Linearised(residual, apply, transposed)
+
+    def cross(
+        self, theta: PyTree[Array], phi: PyTree[Array], batch: PyTree, vector: PyTree[Array]
+    ) -> PyTree[Array]:
+        """One reverse sweep in φ."""
+        return jax.vjp(lambda hyper: self.residual(theta, hyper, batch), phi)[1](vector)[0]
 
 
 class Root(_Equation):

@@ -4,8 +4,6 @@ Nothing is judged, so nothing of the size of θ or φ is kept beside the solutio
 the linear solver.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -15,7 +13,7 @@ from curvax._pytree import (
     tree_axpy,
     tree_dtype,
     tree_generic_like,
-    tree_gram,
+    tree_norm,
     tree_sub,
     tree_where,
     tree_zeros_like,
@@ -24,6 +22,15 @@ from curvax._results import RESULTS
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, why_failed
 from curvax.implicit._sweeps import Accuracy
+
+
+def _vanishes(tree: PyTree[Array]) -> Array:
+    """Whether each leaf is zero, which the sum of its squares also is when they underflow."""
+    return jnp.stack([~jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
+
+
+def _nan_where(bad: Array, tree: PyTree[Array]) -> PyTree[Array]:
+    return jax.tree.map(lambda leaf: jnp.where(bad, jnp.nan, leaf), tree)
 
 
 def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: State) -> Outcome:
@@ -35,6 +42,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     value, (outer_theta, outer_phi) = jax.value_and_grad(task.outer, argnums=(0, 1))(
         theta, task.phi, task.outer_batch
     )
+    inner_norm = tree_norm(at.residual)
     start = tree_where(state.warm, state.adjoint, tree_zeros_like(task.theta0))
 
     rhs = tree_axpy(-accuracy.damping, start, tree_sub(outer_theta, at.transposed(start)[0]))
@@ -53,32 +61,37 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     x, info = stage.solve(at, request, (task.rebuild(theta), task.args))
     adjoint = tree_add(start, x)
 
-    product, cross = at.transposed(adjoint)
-    grad, residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
+    residual_norm = info.residual_norm
+    if not stage.knows_its_error:
+        product = at.apply(x) if task.condition.symmetric else at.transposed(x)[0]
+        residual_norm = tree_norm(tree_sub(tree_axpy(accuracy.damping, start, rhs), product))
 
-    def size_by_leaf(tree: PyTree[Array]) -> Array:
-        return jnp.stack([jnp.sum(leaf.astype(dtype) ** 2) for leaf in jax.tree.leaves(tree)])
-
-    filled = jnp.asarray([leaf.size > 0 for leaf in jax.tree.leaves(grad)])
-    vanishes = (size_by_leaf(grad) == 0) & filled
-    unused = jax.lax.cond(
-        jnp.any(vanishes),
-        lambda: vanishes & (size_by_leaf(at.transposed(tree_generic_like(theta))[1]) == 0),
-        lambda: vanishes,
-    )
-    residuals: Any = sum(tree_gram(at.residual, residual))
-    norms: Any = sum(tree_gram(grad))
-    finite = jnp.isfinite(value + residuals[0, 0] + residuals[1, 1] + norms[0, 0])
     broken = info.singular | info.indefinite | info.nonfinite
+    # Of a solve that broke down nothing is left to be believed. And since this φ is known only after the solve, the
+    # compiler cannot compute parts of Bᵀ before it, and hold them through it (a barrier is dropped too early).
+    hyper = _nan_where(broken, task.phi)
+
+    def cross_of(vector: PyTree[Array]) -> PyTree[Array]:
+        return task.condition.cross(theta, hyper, task.inner_batch, vector)
+
+    grad = _nan_where(broken, tree_sub(outer_phi, cross_of(adjoint)))
+    filled = jnp.asarray([leaf.size > 0 for leaf in jax.tree.leaves(grad)])
+    vanishes = _vanishes(grad) & filled
+
+    def probed() -> Array:
+        return vanishes & _vanishes(cross_of(tree_generic_like(theta)))
+
+    unused = jax.lax.cond(jnp.any(vanishes), probed, lambda: vanishes)
+    finite = jnp.isfinite(value + inner_norm + residual_norm + tree_norm(grad))
     # Each line overrides those before it: the order in which failures are told apart.
     result = RESULTS.where(info.exhausted, RESULTS.adjoint_not_converged, inner_result)
     result = RESULTS.where(jnp.any(unused), RESULTS.no_influence, result)
     result = RESULTS.where(broken, why_failed(info), result)
-    result = RESULTS.where(finite, result, RESULTS.nonfinite)
+    result = RESULTS.where(finite | broken, result, RESULTS.nonfinite)
     usable = jnp.asarray((result == RESULTS.successful) | (result == RESULTS.no_influence))
     stats = Stats(
-        inner_residual=jnp.sqrt(residuals[0, 0]),
-        adjoint_residual=jnp.sqrt(residuals[1, 1]),
+        inner_residual=inner_norm,
+        adjoint_residual=residual_norm,
         error_estimate=nan,
         relative_error=nan,
         num_matvecs=2 + info.num_matvecs.astype(jnp.int32),
@@ -95,7 +108,5 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         trend=state.trend,
         key=state.key,
     )
-    # Of a solve that broke down nothing is left to be believed.
-    grad = jax.tree.map(lambda leaf: jnp.where(broken, jnp.full_like(leaf, jnp.nan), leaf), grad)
     no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), list(unused))
     return Outcome(value.astype(dtype), grad, theta, result, stats, new_state, no_influence)

@@ -12,12 +12,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from curvax._pytree import (
     stop_gradient,
+    tree_add,
     tree_all_finite,
     tree_axpy,
     tree_dot,
     tree_dtype,
     tree_norm,
     tree_size,
+    tree_sub,
     tree_where,
     tree_zeros_like,
 )
@@ -41,6 +43,8 @@ DENSE_SIZE_GENERAL = 128
 class StageInfo(NamedTuple):
     """What a solve learnt and what went wrong with it; scalars.
 
+    `residual_norm` is that of the undamped system at `reference + x`, ‖b + damping · reference − A x‖, or 0 where the
+    stage does not know its error.
     `ritz_min` is what later solves are told: it belongs to the preconditioned operator where there is one.
     """
 
@@ -123,7 +127,9 @@ class ConjugateGradientStage(AbstractStage):
             curvature_min=info.rayleigh,
             curvature_max=highest,
             solution_norm=info.solution_norm,
-            residual_norm=info.residual_norm,
+            residual_norm=tree_norm(
+                tree_axpy(request.damping, tree_add(request.reference, x), info.residual)
+            ),
             singular=wanted & (info.status == SINGULAR),
             indefinite=wanted & (info.status == INDEFINITE),
             exhausted=wanted & (info.status == RUNNING),
@@ -174,13 +180,19 @@ class DenseStage(AbstractStage):
         exact = jax.lax.Precision.HIGHEST
         x = unravel(jnp.matmul(right, jnp.matmul(left.T, rhs, precision=exact) / safe, precision=exact))
         wanted = request.wanted
+        applied = jnp.matmul(
+            jnp.where(request.transposed, columns, columns.T),
+            jax.flatten_util.ravel_pytree(x)[0],
+            precision=exact,
+        )
+        residual = tree_axpy(request.damping, request.reference, tree_sub(request.rhs, unravel(applied)))
         return x, StageInfo(
             num_matvecs=jnp.where(wanted, size, 0),
             ritz_min=smallest,
             curvature_min=jnp.where(indefinite, jnp.min(values), smallest),
             curvature_max=largest,
             solution_norm=tree_norm(x),
-            residual_norm=jnp.zeros((), dtype),
+            residual_norm=tree_norm(residual),
             singular=wanted & singular & finite,
             indefinite=wanted & indefinite & ~singular & finite,
             exhausted=jnp.asarray(False),

@@ -34,7 +34,7 @@ RUNNING, CONVERGED, PRECISION_LIMITED, SINGULAR, INDEFINITE, NONFINITE = range(6
 
 
 class CGInfo(NamedTuple):
-    """What one run of conjugate gradients learnt. All fields are scalars.
+    """What one run of conjugate gradients learnt: scalars, and the residual b − Ax as the recursion has it.
 
     `curvature_min` and `curvature_max` are estimates of the extreme eigenvalues of the operator, or of the
     preconditioned operator where there is a preconditioner; `norm` is the largest ‖Ap‖/‖p‖ and `rayleigh` the smallest
@@ -43,6 +43,7 @@ class CGInfo(NamedTuple):
     """
 
     num_matvecs: Int[Array, ""]
+    residual: PyTree[Array]
     residual_norm: Float[Array, ""]
     solution_norm: Float[Array, ""]
     curvature_min: Float[Array, ""]
@@ -288,6 +289,7 @@ def conjugate_gradient(
     plain = end.metric is None
     info = CGInfo(
         num_matvecs=end.num_matvecs,
+        residual=end.r,
         residual_norm=jnp.sqrt(end.gamma) if plain else tree_norm(end.r),
         solution_norm=end.x_norm,
         curvature_min=lowest,
