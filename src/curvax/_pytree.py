@@ -85,11 +85,8 @@ def tree_gram(*vectors: PyTree[Array], dtype: Any = None) -> list[Array]:
             return jnp.stack(
                 [jnp.stack([pairs[max(i, j), min(i, j)] for j in range(len(flat))]) for i in range(len(flat))]
             )
-        stacked = jnp.stack([a.astype(dtype) for a in arrays])
-        contracted = tuple(range(1, stacked.ndim))
-        return jax.lax.dot_general(
-            stacked, stacked, ((contracted, contracted), ((), ())), precision=jax.lax.Precision.HIGHEST
-        )
+        stacked = jnp.stack([a.astype(dtype).ravel() for a in arrays])
+        return jnp.matmul(stacked, stacked.T, precision=jax.lax.Precision.HIGHEST)
 
     return jax.tree.leaves(jax.tree.map(leaf, *vectors))
 
@@ -103,22 +100,6 @@ def tree_all_finite(x: PyTree[Array]) -> Bool[Array, ""]:
     """Whether no leaf holds a NaN or an infinity."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
-
-
-def tree_generic_like(x: PyTree) -> PyTree[Array]:
-    """A fixed vector in general position, entries in (0.5, 1.5), of the shapes and dtypes of `x`.
-
-    Multiplicative hashing of the index (Knuth): where any generic vector will do, this compiles in a fraction of
-    the time of a random generator.
-    """
-
-    def leaf(array: Array, offset: int) -> Array:
-        index = jax.lax.iota(jnp.uint32, array.size) + jnp.uint32(offset + 1)
-        return (0.5 + (index * jnp.uint32(2654435769) >> 8).astype(array.dtype) / 2**24).reshape(array.shape)
-
-    leaves, structure = jax.tree.flatten(x)
-    offsets = [sum(other.size for other in leaves[:i]) % 2**31 for i in range(len(leaves))]
-    return jax.tree.unflatten(structure, [leaf(a, offset) for a, offset in zip(leaves, offsets, strict=True)])
 
 
 def tree_cast_like(x: PyTree[Array], like: PyTree) -> PyTree[Array]:

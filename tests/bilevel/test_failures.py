@@ -203,10 +203,46 @@ def test_unused_hyperparameter():
 
 
 def test_multiplied_by_zero():
-    """Read, but without effect: the numeric test has to see what tracing cannot."""
+    """Read, but without effect on the derivative in θ."""
     case = problems.ridge("features")
     hg = _influence({"l2": case.phi, "zero": jnp.ones(3)}, case)
     assert hg.result == cx.RESULTS.no_influence
+
+
+@pytest.mark.parametrize("rtol", [1e-6, None])
+@pytest.mark.parametrize("hide", [jax.lax.stop_gradient, jnp.round, lambda x: x.astype(int).astype(x.dtype)])
+def test_hidden_from_the_derivative(hide, rtol):
+    """The inner loss depends on the leaf, its derivative does not. Control: a leaf for the outer loss."""
+    problem = cx.Bilevel(
+        inner=lambda w, p, _: jnp.sum((w - p["seen"]) ** 2) + jnp.sum((jax.jit(hide)(p["other"]) * w) ** 2),
+        outer=lambda w, p, _: jnp.sum(w**2) + p.get("outer", 0.0) ** 2,
+    )
+    phi = {"seen": jnp.ones(3), "other": jnp.full(3, 1.3)}
+    method = {"inner_solver": optx.BFGS(1e-8, 1e-8), "rule": cx.Implicit(rtol=rtol), "throw": False}
+    hg = jax.jit(lambda p: cx.hypergradient(problem, p, jnp.zeros(3), **method))(phi)
+    assert hg.result == cx.RESULTS.no_influence
+    used = cx.Bilevel(inner=lambda w, p, _: jnp.sum((w - p["seen"]) ** 2), outer=problem.outer)
+    hg = cx.hypergradient(used, {"seen": jnp.ones(3), "outer": jnp.asarray(2.0)}, jnp.zeros(3), **method)
+    assert hg.result == cx.RESULTS.successful
+    np.testing.assert_allclose(hg.grad["outer"], 4.0)
+
+
+def test_derivative_that_happens_to_be_zero():
+    """A mask that hides the leaf in this call: the derivative is zero, and that is the answer."""
+    problem = cx.Bilevel(
+        inner=lambda w, p, mask: jnp.sum((w - p["seen"] - mask * p["masked"]) ** 2),
+        outer=lambda w, p, _: jnp.sum(w**2),
+    )
+    phi = {"seen": jnp.ones(3), "masked": jnp.ones(3)}
+    hg = cx.hypergradient(
+        problem,
+        phi,
+        jnp.zeros(3),
+        inner_solver=optx.BFGS(1e-8, 1e-8),
+        rule=cx.Implicit(rtol=1e-6),
+        inner_data=jnp.zeros(3),
+    )
+    np.testing.assert_array_equal(hg.grad["masked"], 0.0)
 
 
 def test_no_influence_names_the_leaf():

@@ -10,23 +10,19 @@ from jaxtyping import Array, PyTree
 
 from curvax._pytree import (
     tree_add,
+    tree_all_finite,
     tree_axpy,
     tree_dtype,
-    tree_generic_like,
     tree_norm,
     tree_sub,
     tree_where,
     tree_zeros_like,
 )
 from curvax._results import RESULTS
+from curvax.implicit._influence import without_influence
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, why_failed
 from curvax.implicit._sweeps import Accuracy
-
-
-def _vanishes(tree: PyTree[Array]) -> Array:
-    """Whether each leaf is zero, which the sum of its squares also is when they underflow."""
-    return jnp.stack([~jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)])
 
 
 def _nan_where(bad: Array, tree: PyTree[Array]) -> PyTree[Array]:
@@ -71,23 +67,14 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     # compiler cannot compute parts of Bᵀ before it, and hold them through it (a barrier is dropped too early).
     hyper = _nan_where(broken, task.phi)
 
-    def cross_of(vector: PyTree[Array]) -> PyTree[Array]:
-        return task.condition.cross(theta, hyper, task.inner_batch, vector)
-
-    grad = _nan_where(broken, tree_sub(outer_phi, cross_of(adjoint)))
-    filled = jnp.asarray([leaf.size > 0 for leaf in jax.tree.leaves(grad)])
-    vanishes = _vanishes(grad) & filled
-
-    def probed() -> Array:
-        return vanishes & _vanishes(cross_of(tree_generic_like(theta)))
-
-    unused = jax.lax.cond(jnp.any(vanishes), probed, lambda: vanishes)
-    finite = jnp.isfinite(value + inner_norm + residual_norm + tree_norm(grad))
+    cross = task.condition.cross(theta, hyper, task.inner_batch, adjoint)
+    grad = _nan_where(broken, tree_sub(outer_phi, cross))
+    finite = jnp.isfinite(value) & tree_all_finite(grad)
     # Each line overrides those before it: the order in which failures are told apart.
     result = RESULTS.where(info.exhausted, RESULTS.adjoint_not_converged, inner_result)
-    result = RESULTS.where(jnp.any(unused), RESULTS.no_influence, result)
     result = RESULTS.where(broken, why_failed(info), result)
     result = RESULTS.where(finite | broken, result, RESULTS.nonfinite)
+    no_influence, result = without_influence(task, grad, result)
     usable = jnp.asarray((result == RESULTS.successful) | (result == RESULTS.no_influence))
     stats = Stats(
         inner_residual=inner_norm,
@@ -108,5 +95,4 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         trend=state.trend,
         key=state.key,
     )
-    no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), list(unused))
     return Outcome(value.astype(dtype), grad, theta, result, stats, new_state, no_influence)

@@ -26,7 +26,6 @@ from curvax._pytree import (
     tree_add,
     tree_axpy,
     tree_dtype,
-    tree_generic_like,
     tree_gram,
     tree_neg,
     tree_sub,
@@ -35,6 +34,7 @@ from curvax._pytree import (
 )
 from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
+from curvax.implicit._influence import without_influence
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, run_once, why_failed
 from curvax.implicit._trend import extrapolate, follow
@@ -45,7 +45,7 @@ MAX_NONLINEARITY = 10.0  # cap of the factor by which a Newton step outside its 
 POLISH_TARGET = 0.5  # polishing ends when the error of θ is expected below this share of rtol
 
 # What a turn does. POLISH → POLISH | FIRST, FIRST → SWEEP_THETA, which judges and goes to SWEEP_ADJOINT and back.
-POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, PROBE, DONE = range(6)
+POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, DONE = range(5)
 # Where θ comes from.
 WARM, INNER_NOW, INNER_DONE = range(3)
 
@@ -68,7 +68,6 @@ class _Kept(NamedTuple):
     grad: PyTree[Array]
     theta: PyTree[Array]
     norm: Scalar  # ‖grad‖
-    vanishes: Bool[Array, " leaves"]  # leaves of grad that are exactly zero
     inner_residual: Scalar
     adjoint_residual: Scalar
     estimate: Scalar
@@ -104,7 +103,6 @@ class _Carry(NamedTuple):
     rtol: Scalar  # forward error of the next correction
     counts: _Counts
     curvature: _Curvature
-    no_influence: Bool[Array, " leaves"]
     pending: RESULTS  # failure that ends the run at the next judgement
     result: RESULTS
 
@@ -119,7 +117,6 @@ class _Evaluation(NamedTuple):
     adjoint_norm: Scalar
     change: Scalar
     cross: Scalar  # ‖Bᵀq‖
-    cross_vanishes: Bool[Array, " leaves"]
     finite: Bool[Array, ""]
 
 
@@ -145,18 +142,15 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
     )
     grad, adjoint_residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
     residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta, vector, dtype=dtype))
-    by_leaf = jnp.stack(tree_gram(tree_sub(grad, kept.grad), cross, grad, dtype=dtype))
+    hyper: Any = sum(tree_gram(tree_sub(grad, kept.grad), cross, grad, dtype=dtype))
     inner_norm, residual_norm, theta_norm, adjoint_norm = (jnp.sqrt(residuals[i, i]) for i in range(4))
-    change, cross_norm, grad_norm = (jnp.sqrt(jnp.sum(by_leaf[:, i, i])) for i in range(3))
+    change, cross_norm, grad_norm = (jnp.sqrt(hyper[i, i]) for i in range(3))
     value = value.astype(inner_norm.dtype)
-    # A leaf without elements has no influence to lose.
-    filled = jnp.asarray([leaf.size > 0 for leaf in jax.tree.leaves(grad)])
     current = _Kept(
         value=value,
         grad=grad,
         theta=theta,
         norm=grad_norm,
-        vanishes=(by_leaf[:, 2, 2] == 0) & filled,
         inner_residual=inner_norm,
         adjoint_residual=residual_norm,
         estimate=jnp.full_like(value, jnp.inf),
@@ -169,7 +163,6 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
         adjoint_norm=adjoint_norm,
         change=change,
         cross=cross_norm,
-        cross_vanishes=by_leaf[:, 1, 1] == 0,
         finite=jnp.isfinite(value + inner_norm + residual_norm + grad_norm),
     )
 
@@ -215,7 +208,6 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
 
 def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accuracy) -> _Judgement:
     """Is the kept hypergradient good enough, is there still hope, and if not, why?"""
-    probing = c.phase == PROBE
     judged = c.phase == SWEEP_THETA
     swept = judged & (c.sweeps >= 0)
     sweeps = c.sweeps + judged.astype(jnp.int32)
@@ -226,7 +218,7 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     least = 1 if stage.knows_its_error else 2
     limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
     out_of_sweeps = swept & ~met & (sweeps >= limit)
-    nonfinite = ~probing & ~found.finite
+    nonfinite = ~found.finite
     # A Newton step from a point that is too far away makes ‖F‖ grow, beyond what the linear solve left of it: one
     # that stops on its forward error may. (Where F was zero nothing is known of A yet.)
     highest = jnp.maximum(c.curvature.highest, 0)
@@ -256,9 +248,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     """Hypergradient by implicit differentiation, judged by sweeps; see the head of this file."""
     dtype = tree_dtype((task.theta0, task.phi))
     inf, nan = jnp.asarray(jnp.inf, dtype), jnp.asarray(jnp.nan, dtype)
-    zero, untouched = jnp.zeros((), dtype), jnp.zeros(len(jax.tree.leaves(task.phi)), bool)
+    zero = jnp.zeros((), dtype)
     zero_theta = tree_zeros_like(task.theta0)
-    probe = tree_generic_like(task.theta0)
     led = state.theta, state.adjoint
     if state.trend is not None:
         led = extrapolate(state.trend, task.phi, *led)
@@ -268,7 +259,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     first_rtol = jnp.clip(0.3 * jnp.sqrt(accuracy.rtol), 3e-4, CORRECTION_RTOL).astype(dtype)
     after_inner = POLISH if accuracy.max_sweeps > 1 else FIRST
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi)
-    nothing = _Kept(nan, nowhere, start_theta, nan, untouched, nan, nan, inf)
+    nothing = _Kept(nan, nowhere, start_theta, nan, nan, nan, inf)
     known_min = jnp.where(state.warm, state.curvature_min.astype(dtype), inf)
     init = _Carry(
         theta=start_theta,
@@ -285,7 +276,6 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         rtol=first_rtol,
         counts=_Counts(_integer(0), _integer(0), _integer(0)),
         curvature=_Curvature(inf, inf, -inf, zero),
-        no_influence=untouched,
         pending=RESULTS.successful,
         result=RESULTS.successful,
     )
@@ -327,15 +317,10 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
 
     def turn(c: _Carry) -> _Carry:
         theta, inner_steps = run_once(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
-        probing = c.phase == PROBE
-        found = _evaluate(task, theta, tree_where(probing, probe, c.adjoint), c.kept)
+        found = _evaluate(task, theta, c.adjoint, c.kept)
         verdict = _judge(c, found, stage, accuracy)
-        vanishes = jnp.where(verdict.takes_current, found.current.vanishes, c.kept.vanishes)
-        no_influence = jnp.where(probing, vanishes & found.cross_vanishes, c.no_influence)
-        # A leaf of the hypergradient that is exactly zero: is it unused? One more turn finds out.
-        start_probe = verdict.accepted & jnp.any(vanishes)
         # Under `vmap` a task that is done goes on turning with the others.
-        wanted = ~verdict.accepted & ~probing & ~verdict.failed & (c.phase != DONE)
+        wanted = ~verdict.accepted & ~verdict.failed & (c.phase != DONE)
         x, info, rtol = solve(c, found, verdict, wanted)
 
         exhausted = wanted & info.exhausted
@@ -360,13 +345,13 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             [jnp.where(polish_more, POLISH, FIRST), _integer(SWEEP_ADJOINT)],
             _integer(SWEEP_THETA),
         )
-        finished = probing | verdict.accepted | wrong
+        finished = verdict.accepted | wrong
         following = jnp.where(finished, DONE, following)
-        following = jnp.where(start_probe, PROBE, jnp.where(retry, after_inner, following))
+        following = jnp.where(retry, after_inner, following)
         result = RESULTS.where(
             wrong & ~retry,
             RESULTS.where(verdict.failed, verdict.why, why_failed(info)),
-            RESULTS.where(probing & jnp.any(no_influence), RESULTS.no_influence, RESULTS.successful),
+            RESULTS.successful,
         )
         pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, c.pending)
         estimate = jnp.where(verdict.swept, verdict.estimate, c.kept.estimate)
@@ -416,7 +401,6 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
                 highest,
                 jnp.where(seen, highest / jnp.abs(lowest), c.curvature.condition),
             ),
-            no_influence=no_influence,
             pending=RESULTS.where(retry, RESULTS.successful, pending),
             result=result,
         )
@@ -429,7 +413,8 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
     """What the loop ended with, as the user sees it."""
     kept, curvature = end.kept, end.curvature
     nan = jnp.asarray(jnp.nan, kept.estimate.dtype)
-    usable = jnp.asarray((end.result == RESULTS.successful) | (end.result == RESULTS.no_influence))
+    usable = end.result == RESULTS.successful
+    no_influence, result = without_influence(task, kept.grad, end.result)
     stats = Stats(
         inner_residual=kept.inner_residual,
         adjoint_residual=kept.adjoint_residual,
@@ -453,5 +438,4 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         trend=trend,
         key=state.key,
     )
-    no_influence = jax.tree.unflatten(jax.tree.structure(task.phi), list(end.no_influence))
-    return Outcome(kept.value, kept.grad, kept.theta, end.result, stats, new_state, no_influence)
+    return Outcome(kept.value, kept.grad, kept.theta, result, stats, new_state, no_influence)
