@@ -176,7 +176,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         estimated = self.rtol is not None
         rtol = jnp.asarray(self.rtol if estimated else eps**0.5, dtype)
         stage, own_rtol = self._stage(task)
-        first = jnp.clip(0.5 * rtol, 10 * eps, 0.1) if own_rtol is None else own_rtol
+        first = jnp.clip(0.7 * rtol, 10 * eps, 0.1) if own_rtol is None else own_rtol
         accuracy = Accuracy(
             eps=eps,
             rtol=rtol,
