@@ -279,3 +279,23 @@ def test_minibatch_sampler_needs_a_key():
         problem, case.phi, case.theta0, inner_data=sampler, key=jax.random.key(0), **arguments
     )
     assert np.all(np.isfinite(np.asarray(hg.grad)))
+
+
+@pytest.mark.parametrize("solver", [cx.linear.CG, cx.linear.Auto], ids=lambda solver: solver.__name__)
+def test_another_tolerance_is_no_other_program(solver):
+    """Neither of the rule nor of the linear solver within it."""
+    traced = []
+
+    def inner(theta, phi, batch):
+        traced.append(1)
+        return jnp.sum((theta - phi) ** 2)
+
+    problem = cx.Bilevel(inner=inner, outer=lambda theta, phi, batch: jnp.sum(theta**2))
+    counts = []
+    for tolerance in (1e-3, 1e-4, 1e-5):
+        rule = cx.Implicit(rtol=tolerance, linear_solver=solver(rtol=tolerance))
+        cx.hypergradient(
+            problem, jnp.ones(3), jnp.zeros(3), inner_solver=optx.BFGS(tolerance, tolerance), rule=rule
+        )
+        counts.append(len(traced))
+    assert counts[0] == counts[2]

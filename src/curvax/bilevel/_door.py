@@ -15,7 +15,7 @@ from curvax._results import RESULTS
 from curvax.bilevel._data import draw, is_sampler
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._condition import FixedPoint, Minimum, check_like, check_scalar
-from curvax.implicit._rule import Task
+from curvax.implicit._rule import AbstractRule, Task
 from curvax.unroll import Steps
 
 MAX_INNER_STEPS = 20_000
@@ -100,6 +100,18 @@ def check_finite(**arguments: PyTree) -> None:
                 raise ValueError(
                     f"`{name}{jax.tree_util.keystr(path)}` holds NaN or infinite values; clean them before the call."
                 )
+
+
+def tolerances_as_arrays(item: Any) -> Any:
+    """Tolerances that are Python floats as (weakly typed) arrays, so that another value is no other program."""
+    names = [n for n in ("rtol", "atol", "damping") if isinstance(getattr(item, n, None), float)]
+    if names:
+        values = [jnp.asarray(getattr(item, name)) for name in names]
+        item = eqx.tree_at(lambda x: [getattr(x, name) for name in names], item, values)
+    nested = getattr(item, "linear_solver", None)
+    if isinstance(item, AbstractRule) and nested is not None:
+        item = eqx.tree_at(lambda x: x.linear_solver, item, tolerances_as_arrays(nested))
+    return item
 
 
 def closed(fn: Callable, theta_static: PyTree, phi_static: PyTree) -> Callable:

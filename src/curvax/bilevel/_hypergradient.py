@@ -1,6 +1,5 @@
 """The hypergradient of a bilevel problem, with its error."""
 
-import operator
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +10,14 @@ from jaxtyping import Array, Float, PyTree
 from curvax._pytree import strong, tree_dtype, tree_zeros_like
 from curvax._results import RESULTS, describe
 from curvax.bilevel._data import is_sampler
-from curvax.bilevel._door import check_finite, check_inner_solver, check_key, make_task, split
+from curvax.bilevel._door import (
+    check_finite,
+    check_inner_solver,
+    check_key,
+    make_task,
+    split,
+    tolerances_as_arrays,
+)
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._rule import AbstractRule, Outcome, State, Stats
 from curvax.implicit._trend import no_trend
@@ -201,7 +207,7 @@ def hypergradient(
         has_rollout=isinstance(inner_solver, Steps),
     )
     phi, theta0, inner_data, outer_data = strong((phi, theta0, inner_data, outer_data))
-    rule, inner_solver = _tolerances_as_arrays(rule), _tolerances_as_arrays(inner_solver)
+    rule, inner_solver = tolerances_as_arrays(rule), tolerances_as_arrays(inner_solver)
     out, no_influence = _compiled(problem, phi, theta0, inner_solver, rule, (inner_data, outer_data), state)
     if not throw:
         return out
@@ -220,14 +226,6 @@ def _raise_if(failed: Array, out: Hypergradient) -> Hypergradient:
     """
     sound = out.result.error_if(~failed, failed)
     return jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan) if eqx.is_inexact_array(x) else x, out)
-
-
-def _tolerances_as_arrays(item: Any) -> Any:
-    """Tolerances that are Python floats as (weakly typed) arrays, so that another value is no other program."""
-    for name in ("rtol", "atol", "damping"):
-        if isinstance(getattr(item, name, None), float):
-            item = eqx.tree_at(operator.attrgetter(name), item, jnp.asarray(getattr(item, name)))
-    return item
 
 
 def _check_state(state: Any, theta0: PyTree) -> None:

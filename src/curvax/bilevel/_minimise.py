@@ -1,7 +1,6 @@
 """`minimise`: the outer loop of a bilevel problem, from the first hypergradient to the tuned numbers."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from curvax._results import RESULTS, describe
 from curvax.bilevel._callbacks import split
 from curvax.bilevel._checkpoint import Checkpoint, Store
 from curvax.bilevel._descent import HypergradientDescent
-from curvax.bilevel._door import check_finite, check_inner_solver
+from curvax.bilevel._door import check_finite, check_inner_solver, tolerances_as_arrays
 from curvax.bilevel._driver import MIN_SCALE, Carry, initial, own
 from curvax.bilevel._history import History
 from curvax.bilevel._problem import Bilevel
@@ -151,7 +150,7 @@ def minimise(
     stopping, between = split(callbacks)
     phi0, theta0, inner_data, outer_data, key = _as_jax((phi0, theta0, inner_data, outer_data, key))
     phi, phi_rest = eqx.partition(phi0, eqx.is_inexact_array)
-    inner_solver, rule = _with_array_tolerances(inner_solver), _with_array_tolerances(rule)
+    inner_solver, rule = tolerances_as_arrays(inner_solver), tolerances_as_arrays(rule)
     algorithm = HypergradientDescent(problem, inner_solver, rule, optimizer, phi_rest, theta0)
     constants = (algorithm, stopping, (inner_data, outer_data))
     carry = initial(constants, phi, key) if state is None else revive(own(state))
@@ -230,15 +229,6 @@ def _as_jax(tree: PyTree) -> PyTree:
         return leaf
 
     return jax.tree.map(convert, tree)
-
-
-def _with_array_tolerances(item: Any) -> Any:
-    """Python floats among the fields as (weakly typed) arrays: another tolerance is then no other program."""
-    names = [field.name for field in dataclasses.fields(item) if isinstance(getattr(item, field.name), float)]
-    if not names:
-        return item
-    values = [jnp.asarray(getattr(item, name)) for name in names]
-    return eqx.tree_at(lambda x: [getattr(x, name) for name in names], item, values)
 
 
 def _explain(solution: Solution, num_steps: int, checkpoint: Checkpoint | None) -> str:

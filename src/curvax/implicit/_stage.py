@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from curvax._control import run_if
 from curvax._pytree import (
     stop_gradient,
     tree_add,
@@ -241,7 +242,7 @@ class LineaxStage(AbstractStage):
             return jax.lax.cond(request.transposed, lambda: run(True), lambda: run(False))
 
         like = jax.eval_shape(either)
-        x, steps, flags = run_once(request.wanted, lambda _: either(), tree_zeros_like(like))
+        x, steps, flags = run_if(request.wanted, lambda _: either(), tree_zeros_like(like))
         dtype = tree_dtype(request.rhs)
         given = tree_all_finite(request.rhs)
         finite = tree_all_finite(x) & given
@@ -300,16 +301,6 @@ def why_failed(info: StageInfo) -> RESULTS:
     return RESULTS.where(
         info.nonfinite, RESULTS.nonfinite, RESULTS.where(info.singular, RESULTS.singular_curvature, budget)
     )
-
-
-def run_once(wanted: Bool[Array, ""], fn: Any, init: PyTree[Array]) -> PyTree[Array]:
-    """`fn(init) if wanted else init`, as a loop of at most one turn.
-
-    Under `vmap` a `cond` becomes a `select` that runs both branches for everybody; this runs `fn` only when
-    somebody wants it.
-    """
-    _, out = jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), fn(c[1])), (wanted, init))
-    return out
 
 
 def resolve_preconditioner(preconditioner: Any, theta: PyTree, args: Any) -> lx.AbstractLinearOperator | None:

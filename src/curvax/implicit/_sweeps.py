@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from curvax._control import run_if
 from curvax._pytree import (
     tree_add,
     tree_axpy,
@@ -36,7 +37,7 @@ from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
 from curvax.implicit._influence import without_influence
 from curvax.implicit._rule import Outcome, State, Stats, Task
-from curvax.implicit._stage import AbstractStage, Request, run_once, why_failed
+from curvax.implicit._stage import AbstractStage, Request, why_failed
 from curvax.implicit._trend import extrapolate, follow
 
 CORRECTION_RTOL = 0.2  # forward error of a correction: 0.3 was fooled in prototypes
@@ -318,7 +319,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         return x, info, rtol
 
     def turn(c: _Carry) -> _Carry:
-        theta, inner_steps = run_once(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
+        theta, inner_steps = run_if(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
         found = _evaluate(task, theta, c.adjoint, c.kept)
         verdict = _judge(c, found, stage, accuracy)
         # Under `vmap` a task that is done goes on turning with the others.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
+from curvax._control import run_if
 from curvax._pytree import tree_all_finite, tree_size, tree_zeros_like
 from curvax.linear._auto_stages import (
     Method,
@@ -31,7 +32,6 @@ from curvax.linear._system import (
     final_result,
     is_symmetric,
     preconditioner_of,
-    run_if,
     start_and_residual,
     tolerance,
     transposed_options,

@@ -25,7 +25,7 @@ class CG(lx.AbstractLinearSolver[_State]):
     """Conjugate gradients, stopped on an estimate of the relative forward error of the solution.
 
     Solves A x = b for a symmetric positive (or negative) definite A. The loop keeps the extreme Ritz values
-    of A at O(1) a step and stops when ‖r‖ ≤ rtol · λ̂min · ‖x‖, which asks for ‖x − A⁻¹b‖ ≤ rtol · ‖x‖.
+    of A at O(1) a step and stops when ‖r‖²/‖p‖ ≤ rtol · λ̂min · ‖x‖, which asks for ‖x − A⁻¹b‖ ≤ rtol · ‖x‖.
     That is not what other solvers call `rtol`: a relative residual of 1e-6 can go with a solution
     that is 5 % wrong. The residual is replaced by b − Ax whenever its drift begins to matter.
 

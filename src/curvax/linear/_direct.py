@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Scalar
 
-from curvax.linear._system import run_if
+from curvax._control import run_if
 from curvax.operators._dense import dense_matrix
 
 

@@ -1,7 +1,7 @@
 """What the solvers of this room share: checks, options, and work that runs only when it is needed."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 from curvax._pytree import tree_dtype, tree_norm, tree_sub, tree_where, tree_zeros_like
 
 MatVec = Callable[[PyTree[Array]], PyTree[Array]]
-_T = TypeVar("_T")
 
 
 def check_square(name: str, operator: lx.AbstractLinearOperator) -> None:
@@ -111,17 +110,6 @@ def transposed_options(options: dict[str, Any]) -> dict[str, Any]:
 def conjugated_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of the conjugated solve, as `transposed_options`."""
     return {"preconditioner": lx.conj(options["preconditioner"])} if "preconditioner" in options else {}
-
-
-def run_if(needed: Bool[Array, ""], compute: Callable[[_T], _T], otherwise: _T) -> _T:
-    """`compute(otherwise)` if `needed`, else `otherwise`, at no cost.
-
-    A loop of at most one turn instead of `lax.cond`: under `vmap` a `cond` becomes a select that
-    always computes both sides, a loop runs only while some example needs it.
-    """
-    return jax.lax.while_loop(
-        lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), compute(c[1])), (needed, otherwise)
-    )[1]
 
 
 def final_result(
