@@ -102,6 +102,22 @@ def tree_all_finite(x: PyTree[Array]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
+def tree_generic_like(x: PyTree) -> PyTree[Array]:
+    """A fixed vector in general position, entries in (-0.5, 0.5), of the shapes and dtypes of `x`.
+
+    Multiplicative hashing of the index (Knuth): where any generic vector will do, this compiles in a fraction of
+    the time of a random generator.
+    """
+
+    def leaf(array: Array, offset: int) -> Array:
+        index = jax.lax.iota(jnp.uint32, array.size) + jnp.uint32(offset + 1)
+        return ((index * jnp.uint32(2654435769) >> 8).astype(array.dtype) / 2**24 - 0.5).reshape(array.shape)
+
+    leaves, structure = jax.tree.flatten(x)
+    offsets = [sum(other.size for other in leaves[:i]) % 2**31 for i in range(len(leaves))]
+    return jax.tree.unflatten(structure, [leaf(a, offset) for a, offset in zip(leaves, offsets, strict=True)])
+
+
 def tree_cast_like(x: PyTree[Array], like: PyTree) -> PyTree[Array]:
     """`x` in the dtypes of `like`."""
     return jax.tree.map(lambda a, b: a.astype(b.dtype), x, like)

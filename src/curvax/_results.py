@@ -49,7 +49,8 @@ else:
         )
         indefinite_curvature = (
             "A direction of negative curvature was found: the point that the inner solver returned is "
-            "not a minimum of the inner problem. Use another start or another inner solver."
+            "not a minimum of the inner problem. Use another start or another inner solver. (If a `preconditioner` "
+            "was given: it may not be positive definite.)"
         )
         no_influence = (
             "A hyperparameter has no influence: neither the outer loss nor the inner gradient depends on "
@@ -62,8 +63,9 @@ else:
         )
         inner_not_converged = (
             "The estimated error of the hypergradient is over the accuracy that was requested: the inner "
-            "solution is not accurate enough. Tighten the inner solver, allow more steps, raise "
-            "`max_sweeps`, or loosen `rtol`/`atol` of the rule."
+            "solution, or an adjoint that is damped or solved loosely, is not accurate enough. Raise "
+            "`max_sweeps`, tighten the inner solver or `linear_solver`, lower `damping`, or loosen "
+            "`rtol`/`atol` of the rule."
         )
         precision_limited = (
             "The accuracy that was requested of the hypergradient is beyond what this floating-point "

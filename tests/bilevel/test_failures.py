@@ -5,6 +5,7 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import optimistix as optx
@@ -485,3 +486,67 @@ def test_solver_that_wants_the_default_precision_says_so():
             rule=cx.Implicit(rtol=1e-2),
         )
     assert any("cast `theta0` to float64" in note for note in caught.value.__notes__)
+
+
+def saddle_inner(theta, phi, batch):
+    return 0.5 * jnp.sum((theta[:-1] - phi) ** 2) - theta[-1] ** 2 + theta[-1] ** 4
+
+
+def saddle_outer(theta, phi, batch):
+    return jnp.sum(theta[:-1] ** 2) + phi * theta[-1] ** 2
+
+
+@pytest.mark.parametrize("size", [20, 100])
+def test_saddle_that_no_right_hand_side_sees(size):
+    """Gradient, outer gradient and corrections have no part in the last unknown, whose curvature is −2."""
+    problem = cx.Bilevel(inner=saddle_inner, outer=saddle_outer)
+    method = {"inner_solver": optx.BFGS(1e-8, 1e-8), "rule": cx.Implicit(rtol=1e-4), "throw": False}
+    hg = cx.hypergradient(problem, jnp.asarray(0.5), jnp.zeros(size), **method)
+    assert hg.result == cx.RESULTS.indefinite_curvature
+    # Control: the same from a start that leads to the minimum.
+    hg = cx.hypergradient(problem, jnp.asarray(0.5), jnp.full(size, 0.5), **method)
+    assert hg.result == cx.RESULTS.successful
+    np.testing.assert_allclose(hg.grad, 2 * 0.5 * (size - 1) + 0.5, rtol=1e-4)
+
+
+def test_preconditioner_of_another_size():
+    problem = cx.Bilevel(inner=saddle_inner, outer=saddle_outer)
+    rule = cx.Implicit(preconditioner=lx.DiagonalLinearOperator(jnp.ones(59)))
+    with pytest.raises(ValueError, match=r"preconditioner.*\(60,\).*\(59,\)"):
+        cx.hypergradient(
+            problem, jnp.asarray(0.5), jnp.zeros(60), inner_solver=optx.BFGS(1e-8, 1e-8), rule=rule
+        )
+
+
+def test_optimiser_that_was_not_called():
+    with pytest.raises(TypeError, match=r"optax\.adam\(1e-2\)"):
+        cx.Steps(optax.adam, 10)
+
+
+def test_large_fixed_point_estimate_at_rounding_level():
+    """Judged by contraction: the change of the sweep before is no noise, and no error either."""
+    draw = np.random.default_rng(0)
+    weights = draw.normal(size=(150, 150))
+    weights *= 0.9 / np.abs(np.linalg.eigvals(weights)).max()
+    bias, target = 0.3 * draw.normal(size=150), draw.normal(size=150)
+    theta = np.zeros(150)
+    for _ in range(60):
+        out = np.tanh(weights @ theta + bias)
+        jacobian = np.eye(150) - (1 - out**2)[:, None] * weights
+        theta = theta - np.linalg.solve(jacobian, theta - out)
+    truth = (1 - out**2) * np.linalg.solve(jacobian.T, theta - target)
+    problem = cx.Bilevel(
+        inner=cx.FixedPoint(lambda x, b, w: jnp.tanh(w @ x + b)),
+        outer=lambda x, b, _: 0.5 * jnp.sum((x - target) ** 2),
+    )
+    hg = cx.hypergradient(
+        problem,
+        jnp.asarray(bias),
+        jnp.zeros(150),
+        inner_solver=optx.Newton(1e-4, 1e-4),
+        rule=cx.Implicit(max_sweeps=4),
+        inner_data=jnp.asarray(weights),
+    )
+    error = np.linalg.norm(hg.grad - truth)
+    assert 0.5 * error <= hg.stats.error_estimate
+    assert hg.stats.error_estimate <= 100 * max(error, 1e-15 * np.linalg.norm(truth))

@@ -47,6 +47,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         wanted=jnp.asarray(True),
         transposed=jnp.asarray(True),
         correction=jnp.asarray(False),
+        probing=jnp.asarray(False),
         amplified=jnp.asarray(False),
         rtol=accuracy.adjoint_rtol,
         atol=jnp.zeros((), dtype),

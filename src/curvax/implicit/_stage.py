@@ -35,6 +35,8 @@ from curvax.linear._cg_core import (
     default_max_steps,
 )
 
+# Products that are spent on looking for negative curvature where nothing else has excited it.
+PROBE_STEPS = 10
 # Up to here a matrix is formed and decomposed: beyond it conjugate gradients win for symmetric ones; for the others
 # there is nothing that knows its error, which is worth more than the time of a decomposition.
 DENSE_SIZE = 32
@@ -71,6 +73,7 @@ class Request(NamedTuple):
     wanted: Bool[Array, ""]
     transposed: Bool[Array, ""]
     correction: Bool[Array, ""]
+    probing: Bool[Array, ""]
     amplified: Bool[Array, ""]
     rtol: Scalar
     atol: Scalar
@@ -86,6 +89,11 @@ class AbstractStage(eqx.Module):
     @abc.abstractmethod
     def knows_its_error(self) -> bool:
         """Whether `Request.rtol` is honoured as a forward error."""
+
+    @property
+    def sees_everything(self) -> bool:
+        """Whether indefinite curvature is noticed whatever the right-hand side."""
+        return True
 
     @abc.abstractmethod
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
@@ -103,17 +111,23 @@ class ConjugateGradientStage(AbstractStage):
         """True: the loop stops on its forward error."""
         return True
 
+    @property
+    def sees_everything(self) -> bool:
+        """False: a Krylov space holds only what its right-hand side excites."""
+        return False
+
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """One run of the loop."""
         theta, problem_args = args
         operator = resolve_preconditioner(self.preconditioner, theta, problem_args)
         budget = default_max_steps(tree_size(request.rhs)) if self.max_steps is None else self.max_steps
+        steps = jnp.where(request.probing, PROBE_STEPS, budget)
         x, info = conjugate_gradient(
             lambda v: tree_axpy(request.damping, v, at.apply(v)),
             request.rhs,
             rtol=request.rtol,
             atol=request.atol,
-            max_steps=jnp.where(request.wanted, budget, 0),
+            max_steps=jnp.where(request.wanted, steps, 0),
             preconditioner=None if operator is None else operator.mv,
             reference=request.reference,
             curvature_min=request.curvature_min,
@@ -280,6 +294,11 @@ class CheckedStage(AbstractStage):
         """True: of the corrections, which is what the estimate is made of."""
         return True
 
+    @property
+    def sees_everything(self) -> bool:
+        """As the solver that checks."""
+        return self.check.sees_everything
+
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """One of the two, by what is solved for."""
         own = request._replace(wanted=request.wanted & ~request.correction)
@@ -314,4 +333,11 @@ def resolve_preconditioner(preconditioner: Any, theta: PyTree, args: Any) -> lx.
                 "`preconditioner` of `Implicit` must be a Lineax operator, or a function (theta, args) -> operator; "
                 f"the function returned {type(preconditioner).__name__}."
             )
+    wanted = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(theta, eqx.is_inexact_array))]
+    found = [leaf.shape for leaf in jax.tree.leaves(preconditioner.in_structure())]
+    if wanted != found:
+        raise ValueError(
+            "`preconditioner` of `Implicit` must act on vectors shaped like theta, with leaves of the shapes "
+            f"{wanted}; its operator takes {found}."
+        )
     return stop_gradient(preconditioner)

@@ -27,6 +27,7 @@ from curvax._pytree import (
     tree_add,
     tree_axpy,
     tree_dtype,
+    tree_generic_like,
     tree_gram,
     tree_neg,
     tree_sub,
@@ -46,7 +47,7 @@ MAX_NONLINEARITY = 10.0  # cap of the factor by which a Newton step outside its 
 POLISH_TARGET = 0.7  # polishing ends when the error of θ is expected below this share of rtol
 
 # What a turn does. POLISH → POLISH | FIRST, FIRST → SWEEP_THETA, which judges and goes to SWEEP_ADJOINT and back.
-POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, DONE = range(5)
+POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, PROBE, DONE = range(6)
 # Where θ comes from.
 WARM, INNER_NOW, INNER_DONE = range(3)
 
@@ -194,22 +195,26 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
     # when the residuals fell too (a solver that returns zero makes no change).
     before = c.change
     ratio = change / jnp.where(before > 0, before, 1)
-    tiny = eps**0.5 * c.kept.norm
-    at_noise = (change <= tiny) & (before <= tiny)
+    # κ is hardly known here: thirty times the floor is taken for noise.
+    tiny = 30 * floor
+    at_noise = change <= tiny
     noise = 1e3 * eps * curvature.highest
     fell = (inner <= jnp.maximum(0.5 * c.kept.inner_residual, noise * found.theta_norm)) & (
         found.current.adjoint_residual
         <= jnp.maximum(0.5 * c.kept.adjoint_residual, noise * found.adjoint_norm)
     )
     trusted = jnp.isfinite(before) & fell & (at_noise | (ratio < 0.9))
-    # At noise level the ratio of two changes is chance: take the larger one.
-    limit = jnp.where(at_noise, jnp.maximum(change, before), change / (1 - jnp.minimum(ratio, 0.9)))
+    # At noise level the ratio of two changes is chance: take the larger one, as far as it is noise too.
+    limit = jnp.where(
+        at_noise, jnp.maximum(change, jnp.minimum(before, tiny)), change / (1 - jnp.minimum(ratio, 0.9))
+    )
     return jnp.where(trusted, limit + 0.5 * worst + own, jnp.inf), floor
 
 
 def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accuracy) -> _Judgement:
     """Is the kept hypergradient good enough, is there still hope, and if not, why?"""
     judged = c.phase == SWEEP_THETA
+    probing = c.phase == PROBE
     swept = judged & (c.sweeps >= 0)
     sweeps = c.sweeps + judged.astype(jnp.int32)
     warm = c.source == WARM
@@ -219,7 +224,7 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     least = 1 if stage.knows_its_error else 2
     limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
     out_of_sweeps = swept & ~met & (sweeps >= limit)
-    nonfinite = ~found.finite
+    nonfinite = ~probing & ~found.finite
     # A Newton step from a point that is too far away makes ‖F‖ grow, beyond what the linear solve left of it: one
     # that stops on its forward error may. (Where F was zero nothing is known of A yet.)
     highest = jnp.maximum(c.curvature.highest, 0)
@@ -261,6 +266,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     first_rtol = jnp.clip(30 * jnp.sqrt(accuracy.rtol), 3e-4, CORRECTION_RTOL).astype(dtype)
     warm_rtol = jnp.clip(0.3 * jnp.sqrt(accuracy.rtol), 3e-4, CORRECTION_RTOL).astype(dtype)
     after_inner = POLISH if accuracy.max_sweeps > 1 else FIRST
+    probe = tree_generic_like(task.theta0)
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi)
     nothing = _Kept(nan, nowhere, start_theta, nan, nan, nan, inf)
     known_min = jnp.where(state.warm, state.curvature_min.astype(dtype), inf)
@@ -298,10 +304,13 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         damping = jnp.where(correction, zero, accuracy.damping)
         adjoint_rhs = tree_axpy(-damping, c.adjoint, found.adjoint_residual)
         request = Request(
-            rhs=tree_where(solve_theta, tree_neg(found.at.residual), adjoint_rhs),
+            rhs=tree_where(
+                c.phase == PROBE, probe, tree_where(solve_theta, tree_neg(found.at.residual), adjoint_rhs)
+            ),
             wanted=wanted,
             transposed=~solve_theta,
             correction=correction,
+            probing=c.phase == PROBE,
             # In a judged sweep the error of d goes through A⁻¹ once more on its way into the hypergradient.
             amplified=c.phase == SWEEP_THETA,
             rtol=jnp.where(correction, rtol, accuracy.adjoint_rtol),
@@ -326,14 +335,15 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         wanted = ~verdict.accepted & ~verdict.failed & (c.phase != DONE)
         x, info, rtol = solve(c, found, verdict, wanted)
 
-        exhausted = wanted & info.exhausted
+        probing = c.phase == PROBE
+        exhausted = wanted & ~probing & info.exhausted
         # A spent budget on a correction leaves the hypergradient before it, but no estimate of its error.
         broken = wanted & (
             info.singular | info.indefinite | info.nonfinite | (exhausted & (c.phase != FIRST))
         )
         wrong = verdict.failed | broken
         retry = wrong & (c.source == WARM)
-        moved = wanted & ~broken
+        moved = wanted & ~broken & ~probing
         solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
 
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
@@ -348,8 +358,12 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             [jnp.where(polish_more, POLISH, FIRST), _integer(SWEEP_ADJOINT)],
             _integer(SWEEP_THETA),
         )
-        finished = verdict.accepted | wrong
+        finished = verdict.accepted | wrong | probing
         following = jnp.where(finished, DONE, following)
+        if not stage.sees_everything:
+            # What was solved so far may have been blind to a direction of negative curvature. Along a path of warm
+            # starts the cold call has looked.
+            following = jnp.where(verdict.accepted & (c.source != WARM), PROBE, following)
         following = jnp.where(retry, after_inner, following)
         result = RESULTS.where(
             wrong & ~retry,
@@ -422,7 +436,7 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         inner_residual=kept.inner_residual,
         adjoint_residual=kept.adjoint_residual,
         error_estimate=kept.estimate,
-        relative_error=kept.estimate / kept.norm,
+        relative_error=jnp.where(kept.estimate == 0, 0, kept.estimate / kept.norm),
         num_matvecs=end.counts.matvecs,
         num_sweeps=end.counts.sweeps,
         num_inner_steps=end.counts.inner_steps,

@@ -49,6 +49,14 @@ class Steps(eqx.Module):
                 f"got {type(self.optimizer).__name__}."
             )
 
+        is_function = not isinstance(self.optimizer, optax.GradientTransformation)
+        if is_function and getattr(self.optimizer, "__module__", "").startswith("optax"):
+            name = getattr(self.optimizer, "__name__", "adam")
+            raise TypeError(
+                f"`optimizer` of `Steps` is the function `optax.{name}` itself: call it, `optax.{name}(1e-2)`, or "
+                f"write `lambda phi: optax.{name}(phi[...])` where its settings are hyperparameters."
+            )
+
     def transformation(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
         """The optimiser at these hyperparameters."""
         optimizer: Any = self.optimizer
