@@ -50,7 +50,7 @@ class Steps(eqx.Module):
             )
 
         is_function = not isinstance(self.optimizer, optax.GradientTransformation)
-        if is_function and getattr(self.optimizer, "__module__", "").startswith("optax"):
+        if is_function and (getattr(self.optimizer, "__module__", None) or "").startswith("optax"):
             name = getattr(self.optimizer, "__name__", "adam")
             raise TypeError(
                 f"`optimizer` of `Steps` is the function `optax.{name}` itself: call it, `optax.{name}(1e-2)`, or "
