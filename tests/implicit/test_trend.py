@@ -100,3 +100,11 @@ def test_rules_that_do_not_correct_carry_no_trend():
     rule = cx.Implicit(rtol=None)
     state = cx.bilevel.initial_state(PROBLEM, jnp.zeros(60), jnp.zeros(60), inner_solver=SOLVER, rule=rule)
     assert state.trend is None
+
+
+@pytest.mark.parametrize("phi", [jnp.zeros(4), {"a": jnp.zeros(60)}])
+def test_state_of_another_phi_is_refused(phi):
+    method = {"inner_solver": SOLVER, "rule": cx.Implicit(rtol=1e-2)}
+    state = cx.bilevel.initial_state(PROBLEM, jnp.zeros(60), jnp.zeros(60), **method)
+    with pytest.raises(ValueError, match="`state` belongs to another problem: its phi"):
+        cx.hypergradient(PROBLEM, phi, jnp.zeros(60), state=state, **method)

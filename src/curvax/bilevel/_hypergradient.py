@@ -200,7 +200,7 @@ def hypergradient(
         if throw:  # without it nothing raises: the result says `nonfinite`
             check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
         state = initial_state(problem, phi, theta0, inner_solver=inner_solver, rule=rule, key=key)
-    _check_state(state, theta0)
+    _check_state(state, phi, theta0)
     check_key(inner_data, outer_data, state.key)
     rule.check(
         stochastic_steps=isinstance(inner_solver, Steps) and is_sampler(inner_data),
@@ -228,19 +228,23 @@ def _raise_if(failed: Array, out: Hypergradient) -> Hypergradient:
     return jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan) if eqx.is_inexact_array(x) else x, out)
 
 
-def _check_state(state: Any, theta0: PyTree) -> None:
-    """A state must be one of ours and fit theta0."""
+def _check_state(state: Any, phi: PyTree, theta0: PyTree) -> None:
+    """A state must be one of ours and fit phi and theta0."""
     if not isinstance(state, State):
         raise TypeError(
             f"`state` must be the `state` of an earlier hypergradient, got {type(state).__name__}."
         )
-    wanted = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(theta0, eqx.is_inexact_array))]
-    found = [leaf.shape for leaf in jax.tree.leaves(state.theta)]
-    if wanted != found:
-        raise ValueError(
-            f"`state` belongs to another problem: its theta has the shapes {found}, `theta0` has {wanted}. "
-            "Start with `state=None`."
-        )
+    pairs = [("theta0", theta0, state.theta)]
+    if state.trend is not None:
+        pairs.append(("phi", phi, state.trend.phi))
+    for name, given, kept in pairs:
+        given = eqx.filter(given, eqx.is_inexact_array)
+        wanted, found = ([leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (given, kept))
+        if wanted != found or jax.tree.structure(given) != jax.tree.structure(kept):
+            raise ValueError(
+                f"`state` belongs to another problem: its {name.removesuffix('0')} has the shapes {found}, "
+                f"`{name}` has {wanted} (or another structure). Start with `state=None`."
+            )
 
 
 def explain(out: Hypergradient, no_influence: PyTree[Array] | None = None) -> str:
