@@ -21,6 +21,7 @@ from curvax.bilevel._door import (
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._rule import AbstractRule, Outcome, State, Stats
 from curvax.implicit._trend import no_trend
+from curvax.linear._recycle import nothing_recycled
 from curvax.unroll import Steps
 
 
@@ -75,15 +76,17 @@ def initial_state(
         state = cx.bilevel.initial_state(problem, jnp.array(0.5), jnp.zeros(3), **method)
         ```
     """
-    del problem, inner_solver
+    del inner_solver
     phi_dynamic, _ = split(phi, "phi")
     theta, _ = split(theta0, "theta0")
+    capacity = rule.num_recycled(theta, problem.condition.symmetric)
     return State(
         theta=theta,
         adjoint=tree_zeros_like(theta),
         curvature_min=jnp.asarray(jnp.inf, tree_dtype((theta, phi_dynamic))),
         warm=jnp.asarray(False),
         trend=no_trend(phi_dynamic, theta) if rule.follows_trend else None,
+        recycled=nothing_recycled(theta, capacity) if capacity else None,
         key=key,
     )
 

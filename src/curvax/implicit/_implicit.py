@@ -29,6 +29,9 @@ from curvax.linear import CG, Auto
 # The rewrite functions of these modules are gradients: their Jacobians are Hessians.
 _SYMMETRIC_SOURCES = ("optimistix._minimise", "optimistix._least_squares")
 
+# Directions that are recycled by default, and how many numbers they may be together.
+RECYCLED, FEWEST_RECYCLED, RECYCLED_SIZE = 24, 6, 2**17
+
 
 def _nonnegative(value: Any, name: str) -> None:
     if isinstance(value, int | float | np.ndarray | np.generic) and not np.all(np.asarray(value) >= 0):
@@ -68,6 +71,10 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             The bias that it makes counts in the error estimate.
         max_sweeps: Sweeps allowed to reach the request. From a warm start at least four are tried before the inner
             solver is called.
+        recycle: How many directions of the solves to keep, as a preconditioner for the solves that follow, in the
+            same call and, through `state`, in the next: 2 · recycle vectors like theta, and about as many vector
+            operations a product. None: up to 24 while they are at most 2^17 numbers (theta up to 21845), none
+            with `rtol=None`. Only where conjugate gradients solve: not for roots, fixed points and decomposed matrices.
 
     Raises:
         ValueError: A tolerance, the damping or the number of sweeps is out of range.
@@ -102,6 +109,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
     )
     damping: Float[Array, ""] | float = 0.0
     max_sweeps: int = 1
+    recycle: int | None = None
 
     def __check_init__(self) -> None:
         _nonnegative(self.atol, "atol")
@@ -115,6 +123,12 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         if isinstance(self.max_sweeps, bool) or not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:
             raise ValueError(
                 f"`max_sweeps` of `Implicit` must be an integer of at least 1, got {self.max_sweeps!r}."
+            )
+        if self.recycle is not None and (
+            isinstance(self.recycle, bool) or not isinstance(self.recycle, int) or self.recycle < 0
+        ):
+            raise ValueError(
+                f"`recycle` of `Implicit` must be None or an integer of at least 0, got {self.recycle!r}."
             )
         if self.linear_solver is not None and not isinstance(self.linear_solver, lx.AbstractLinearSolver):
             raise TypeError(
@@ -175,7 +189,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((task.theta0, task.phi)))
         estimated = self.rtol is not None
         rtol = jnp.asarray(self.rtol if estimated else eps**0.5, dtype)
-        stage, own_rtol = self._stage(task)
+        stage, own_rtol = self._stage(task.theta0, task.condition.symmetric)
         first = jnp.clip(0.7 * rtol, 10 * eps, 0.1) if own_rtol is None else own_rtol
         accuracy = Accuracy(
             eps=eps,
@@ -189,10 +203,22 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             return run_single(task, stage, accuracy, state)
         return run_sweeps(task, stage, accuracy, state)
 
-    def _stage(self, task: Task) -> tuple[AbstractStage, Any]:
+    def num_recycled(self, theta: PyTree[Array], symmetric: bool) -> int:
+        """As `recycle` says; by default up to 24 where they cost little memory and there is an estimate."""
+        recycles = self._stage(theta, symmetric)[0].recycles
+        if self.recycle is not None:
+            if self.recycle and not recycles and tree_size(theta) > DENSE_SIZE:
+                raise ValueError(
+                    f"`recycle={self.recycle}` of `Implicit` needs conjugate gradients: an inner minimum, and no "
+                    "`linear_solver` but `cx.linear.CG` where `rtol` is None."
+                )
+            return self.recycle if recycles else 0
+        fitting = min(RECYCLED, RECYCLED_SIZE // max(tree_size(theta), 1))
+        return fitting if recycles and self.rtol is not None and fitting >= FEWEST_RECYCLED else 0
+
+    def _stage(self, theta: PyTree[Array], symmetric: bool) -> tuple[AbstractStage, Any]:
         """How the solves are done, and the forward error that the user's own CG asks for."""
-        symmetric, size = task.condition.symmetric, tree_size(task.theta0)
-        solver = self.linear_solver
+        size, solver = tree_size(theta), self.linear_solver
         if isinstance(solver, CG):
             if not symmetric:
                 raise ValueError(
@@ -213,5 +239,5 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             return first, None
         if own is not None:
             return own, None
-        tolerance = jnp.finfo(tree_dtype(task.theta0)).eps ** 0.5
+        tolerance = jnp.finfo(tree_dtype(theta)).eps ** 0.5
         return LineaxStage(Auto(rtol=float(tolerance), atol=0.0), self.preconditioner, False), None

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from curvax._results import RESULTS
 from curvax.implicit._condition import AbstractCondition
 from curvax.implicit._trend import Trend
+from curvax.linear._recycle import Recycled
 
 
 class Stats(eqx.Module):
@@ -47,6 +48,7 @@ class State(eqx.Module):
         warm: Whether the fields above hold anything.
         trend: The last step of phi and what it changed, to start the next call where that leads; None for rules
             that solve to the end from any start.
+        recycled: Directions that earlier solves left behind, as a preconditioner; None where nothing is recycled.
         key: Random key for the next draws, or None where nothing is drawn.
     """
 
@@ -55,6 +57,7 @@ class State(eqx.Module):
     curvature_min: Float[Array, ""]
     warm: Bool[Array, ""]
     trend: Trend | None
+    recycled: Recycled | None
     key: Array | None
 
 
@@ -114,6 +117,11 @@ class AbstractRule(eqx.Module):
     def follows_trend(self) -> bool:
         """Whether `State.trend` is worth its memory: two vectors like phi and two like theta."""
         return False
+
+    def num_recycled(self, theta: PyTree[Array], symmetric: bool) -> int:
+        """Directions of earlier solves that `State.recycled` has room for: two vectors like theta each."""
+        del theta, symmetric
+        return 0
 
     @abc.abstractmethod
     def check(self, *, stochastic_steps: bool, has_rollout: bool) -> None:

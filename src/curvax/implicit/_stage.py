@@ -34,6 +34,7 @@ from curvax.linear._cg_core import (
     conjugate_gradient,
     default_max_steps,
 )
+from curvax.linear._recycle import Recycled
 
 # Products that are spent on looking for negative curvature where nothing else has excited it.
 PROBE_STEPS = 10
@@ -47,8 +48,7 @@ class StageInfo(NamedTuple):
     """What a solve learnt and what went wrong with it; scalars.
 
     `residual_norm` is that of the undamped system at `reference + x`, ‖b + damping · reference − A x‖, or 0 where the
-    stage does not know its error.
-    `ritz_min` is what later solves are told: it belongs to the preconditioned operator where there is one.
+    stage does not know its error. `ritz_min` is what later solves are told of the smallest eigenvalue.
     """
 
     num_matvecs: Int[Array, ""]
@@ -61,12 +61,14 @@ class StageInfo(NamedTuple):
     indefinite: Bool[Array, ""]
     exhausted: Bool[Array, ""]
     nonfinite: Bool[Array, ""]
+    recycled: Recycled | None
 
 
 class Request(NamedTuple):
     """One solve: A x = b or Aᵀ x = b, plus `damping` on the diagonal, to a forward error `rtol` or `atol`.
 
-    `reference` is what x will be added to when the error is to be relative to the sum (else zeros).
+    `reference` is what x will be added to when the error is to be relative to the sum (else zeros); `recycled` has the
+    directions of earlier solves.
     """
 
     rhs: PyTree[Array]
@@ -80,6 +82,7 @@ class Request(NamedTuple):
     damping: Scalar
     reference: PyTree[Array]
     curvature_min: Scalar
+    recycled: Recycled | None
 
 
 class AbstractStage(eqx.Module):
@@ -94,6 +97,11 @@ class AbstractStage(eqx.Module):
     def sees_everything(self) -> bool:
         """Whether indefinite curvature is noticed whatever the right-hand side."""
         return True
+
+    @property
+    def recycles(self) -> bool:
+        """Whether the directions of one solve help the next."""
+        return False
 
     @abc.abstractmethod
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
@@ -116,6 +124,11 @@ class ConjugateGradientStage(AbstractStage):
         """False: a Krylov space holds only what its right-hand side excites."""
         return False
 
+    @property
+    def recycles(self) -> bool:
+        """True."""
+        return True
+
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """One run of the loop."""
         theta, problem_args = args
@@ -129,17 +142,20 @@ class ConjugateGradientStage(AbstractStage):
             atol=request.atol,
             max_steps=jnp.where(request.wanted, steps, 0),
             preconditioner=None if operator is None else operator.mv,
+            recycled=request.recycled,
             reference=request.reference,
             curvature_min=request.curvature_min,
             amplified=request.amplified,
         )
-        # With a preconditioner the Ritz values are those of M⁻¹A, and A itself is known by its Rayleigh quotients.
-        highest = info.curvature_max if operator is None else info.norm
+        # With a preconditioner the Ritz values are those of M⁻¹A.
+        plain = operator is None and request.recycled is None
+        highest = info.curvature_max if plain else info.norm
         wanted = request.wanted
         return x, StageInfo(
             num_matvecs=info.num_matvecs,
-            ritz_min=info.curvature_min,
-            curvature_min=info.rayleigh,
+            ritz_min=info.lowest,
+            # A poor bound from below would make the estimate of the error a poor one too.
+            curvature_min=info.lowest if operator is None else info.rayleigh,
             curvature_max=highest,
             solution_norm=info.solution_norm,
             residual_norm=tree_norm(
@@ -149,6 +165,7 @@ class ConjugateGradientStage(AbstractStage):
             indefinite=wanted & (info.status == INDEFINITE),
             exhausted=wanted & (info.status == RUNNING),
             nonfinite=wanted & (info.status == NONFINITE),
+            recycled=info.recycled,
         )
 
 
@@ -212,6 +229,7 @@ class DenseStage(AbstractStage):
             indefinite=wanted & indefinite & ~singular & finite,
             exhausted=jnp.asarray(False),
             nonfinite=wanted & ~finite,
+            recycled=request.recycled,
         )
 
 
@@ -276,6 +294,7 @@ class LineaxStage(AbstractStage):
             indefinite=known & self.symmetric & (tree_dot(x, request.rhs) < 0),
             exhausted=request.wanted & flags[1],
             nonfinite=request.wanted & ~flags[0] & ~finite,
+            recycled=request.recycled,
         )
 
 
@@ -299,6 +318,11 @@ class CheckedStage(AbstractStage):
         """As the solver that checks."""
         return self.check.sees_everything
 
+    @property
+    def recycles(self) -> bool:
+        """As the solver that checks."""
+        return self.check.recycles
+
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """One of the two, by what is solved for."""
         own = request._replace(wanted=request.wanted & ~request.correction)
@@ -309,6 +333,7 @@ class CheckedStage(AbstractStage):
         info_own = info_own._replace(
             curvature_min=jnp.full_like(info_own.curvature_min, jnp.inf),
             curvature_max=jnp.zeros_like(info_own.curvature_max),
+            recycled=info.recycled,
         )
         matched = jax.tree.map(lambda a, b: a.astype(b.dtype), info_own, info)
         return tree_where(request.correction, x, x_own), tree_where(request.correction, info, matched)

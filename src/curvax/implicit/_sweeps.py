@@ -1,7 +1,7 @@
-"""The hypergradient with its error estimate: one loop over solves with the curvature.
+"""The hypergradient with its error estimate: a loop over solves with the curvature.
 
-Every turn of the loop linearises at the current (θ, q), judges the hypergradient there, and spends at most one
-solve: on the adjoint (Aᵀ q = ∇_θ f) or on a correction of θ (A d = −F). The order is
+Every visit of a θ linearises there, and every turn of a visit judges the hypergradient at (θ, q) and spends at most
+one solve: on the adjoint (Aᵀ q = ∇_θ f) or on a correction of θ (A d = −F), which ends the visit. The order is
 
     [θ → θ → …] → adjoint → θ → adjoint → judge [→ θ → adjoint → judge …]
 
@@ -40,14 +40,17 @@ from curvax.implicit._influence import without_influence
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, why_failed
 from curvax.implicit._trend import extrapolate, follow
+from curvax.linear._recycle import Recycled, forget_if
 
 CORRECTION_RTOL = 0.2  # forward error of a correction: 0.3 was fooled in prototypes
 WARM_SWEEPS = 4  # sweeps that a warm start may spend before the inner solver is called
 MAX_NONLINEARITY = 10.0  # cap of the factor by which a Newton step outside its quadratic regime is mistrusted
+FAR = 0.1  # share of ‖θ‖ beyond which a step forgets the directions of earlier solves
 POLISH_TARGET = 0.7  # polishing ends when the error of θ is expected below this share of rtol
 
 # What a turn does. POLISH → POLISH | FIRST, FIRST → SWEEP_THETA, which judges and goes to SWEEP_ADJOINT and back.
-POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, PROBE, DONE = range(6)
+# A failure before there was a hypergradient goes through REPORT, where the outer loss is taken for the report.
+POLISH, FIRST, SWEEP_THETA, SWEEP_ADJOINT, REPORT, DONE = range(6)
 # Where θ comes from.
 WARM, INNER_NOW, INNER_DONE = range(3)
 
@@ -95,6 +98,7 @@ class _Carry(NamedTuple):
     adjoint: PyTree[Array]
     kept: _Kept
     phase: Int[Array, ""]
+    moved: Bool[Array, ""]  # θ is another one than the one that is visited
     source: Int[Array, ""]
     sweeps: Int[Array, ""]  # since the inner solve or the warm start; −1 before the first judgement
     polished: Int[Array, ""]
@@ -105,14 +109,23 @@ class _Carry(NamedTuple):
     rtol: Scalar  # forward error of the next correction
     counts: _Counts
     curvature: _Curvature
+    recycled: Recycled | None
     pending: RESULTS  # failure that ends the run at the next judgement
     result: RESULTS
+
+
+class _Visit(NamedTuple):
+    """Everything about one θ."""
+
+    at: Linearised
+    value: Scalar
+    outer_theta: PyTree[Array]
+    outer_phi: PyTree[Array]
 
 
 class _Evaluation(NamedTuple):
     """Everything about one pair (θ, q)."""
 
-    at: Linearised
     current: _Kept
     adjoint_residual: PyTree[Array]
     theta_norm: Scalar
@@ -126,6 +139,7 @@ class _Judgement(NamedTuple):
     judged: Bool[Array, ""]
     swept: Bool[Array, ""]
     accepted: Bool[Array, ""]
+    probing: Bool[Array, ""]  # accepted, and to be searched for negative curvature that no solve has excited
     takes_current: Bool[Array, ""]
     failed: Bool[Array, ""]
     why: RESULTS
@@ -134,20 +148,26 @@ class _Judgement(NamedTuple):
     sweeps: Int[Array, ""]
 
 
-def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Kept) -> _Evaluation:
-    """Linearise at θ and take the hypergradient with the adjoint `vector`."""
-    dtype = kept.norm.dtype
+def _visit(task: Task, theta: PyTree[Array], needed: Bool[Array, ""]) -> _Visit:
+    """Linearise at θ; the outer loss and its gradients only if `needed`, zeros otherwise."""
     at = task.condition.linearise(theta, task.phi, task.inner_batch)
+    value_and_grad = jax.value_and_grad(task.outer, argnums=(0, 1))
+    compute = lambda _: value_and_grad(theta, task.phi, task.outer_batch)  # noqa: E731
+    nothing = tree_zeros_like(jax.eval_shape(compute, None))
+    value, (outer_theta, outer_phi) = run_if(needed, compute, nothing)
+    return _Visit(at, value, outer_theta, outer_phi)
+
+
+def _evaluate(visit: _Visit, theta: PyTree[Array], vector: PyTree[Array], kept: _Kept) -> _Evaluation:
+    """Take the hypergradient at the θ of the visit with the adjoint `vector`."""
+    dtype, at = kept.norm.dtype, visit.at
     product, cross = at.transposed(vector)
-    value, (outer_theta, outer_phi) = jax.value_and_grad(task.outer, argnums=(0, 1))(
-        theta, task.phi, task.outer_batch
-    )
-    grad, adjoint_residual = tree_sub(outer_phi, cross), tree_sub(outer_theta, product)
+    grad, adjoint_residual = tree_sub(visit.outer_phi, cross), tree_sub(visit.outer_theta, product)
     residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta, vector, dtype=dtype))
     hyper: Any = sum(tree_gram(tree_sub(grad, kept.grad), cross, grad, dtype=dtype))
     inner_norm, residual_norm, theta_norm, adjoint_norm = (jnp.sqrt(residuals[i, i]) for i in range(4))
     change, cross_norm, grad_norm = (jnp.sqrt(hyper[i, i]) for i in range(3))
-    value = value.astype(inner_norm.dtype)
+    value = visit.value.astype(inner_norm.dtype)
     current = _Kept(
         value=value,
         grad=grad,
@@ -158,7 +178,6 @@ def _evaluate(task: Task, theta: PyTree[Array], vector: PyTree[Array], kept: _Ke
         estimate=jnp.full_like(value, jnp.inf),
     )
     return _Evaluation(
-        at=at,
         current=current,
         adjoint_residual=adjoint_residual,
         theta_norm=theta_norm,
@@ -214,7 +233,6 @@ def _estimate(stage: AbstractStage, c: _Carry, found: _Evaluation, eps: float) -
 def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accuracy) -> _Judgement:
     """Is the kept hypergradient good enough, is there still hope, and if not, why?"""
     judged = c.phase == SWEEP_THETA
-    probing = c.phase == PROBE
     swept = judged & (c.sweeps >= 0)
     sweeps = c.sweeps + judged.astype(jnp.int32)
     warm = c.source == WARM
@@ -224,7 +242,7 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     least = 1 if stage.knows_its_error else 2
     limit = jnp.where(warm, max(WARM_SWEEPS, accuracy.max_sweeps), max(accuracy.max_sweeps, least))
     out_of_sweeps = swept & ~met & (sweeps >= limit)
-    nonfinite = ~probing & ~found.finite
+    nonfinite = ~found.finite
     # A Newton step from a point that is too far away makes ‖F‖ grow, beyond what the linear solve left of it: one
     # that stops on its forward error may. (Where F was zero nothing is known of A yet.)
     highest = jnp.maximum(c.curvature.highest, 0)
@@ -233,10 +251,15 @@ def _judge(c: _Carry, found: _Evaluation, stage: AbstractStage, accuracy: Accura
     stopped = judged & (c.pending != RESULTS.successful)
     over = RESULTS.where(rounding > request, RESULTS.precision_limited, RESULTS.inner_not_converged)
     why = RESULTS.where(nonfinite, RESULTS.nonfinite, RESULTS.where(stopped, c.pending, over))
+    accepted = met & ~stopped & ~nonfinite
+    # What was solved so far may have been blind to a direction of negative curvature. Along a path of warm starts the
+    # cold call has looked.
+    probing = jnp.zeros_like(accepted) if stage.sees_everything else accepted & ~warm
     return _Judgement(
         judged=judged,
         swept=swept,
-        accepted=met & ~stopped,
+        accepted=accepted,
+        probing=probing,
         takes_current=judged & ~met & ~out_of_sweeps & ~nonfinite,
         failed=nonfinite | out_of_sweeps | diverged | stopped,
         why=why,
@@ -267,6 +290,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     warm_rtol = jnp.clip(0.3 * jnp.sqrt(accuracy.rtol), 3e-4, CORRECTION_RTOL).astype(dtype)
     after_inner = POLISH if accuracy.max_sweeps > 1 else FIRST
     probe = tree_generic_like(task.theta0)
+    before = state.recycled if stage.recycles else None
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi)
     nothing = _Kept(nan, nowhere, start_theta, nan, nan, nan, inf)
     known_min = jnp.where(state.warm, state.curvature_min.astype(dtype), inf)
@@ -275,6 +299,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         adjoint=tree_where(state.warm, led[1], zero_theta),
         kept=nothing,
         phase=jnp.where(state.warm, POLISH, after_inner).astype(jnp.int32),
+        moved=jnp.asarray(True),
         source=jnp.where(state.warm, WARM, INNER_NOW).astype(jnp.int32),
         sweeps=_integer(-1),
         polished=_integer(0),
@@ -285,6 +310,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         rtol=jnp.where(state.warm, warm_rtol, first_rtol),
         counts=_Counts(_integer(0), _integer(0), _integer(0)),
         curvature=_Curvature(inf, inf, -inf, zero),
+        recycled=None if before is None else forget_if(~state.warm, before),
         pending=RESULTS.successful,
         result=RESULTS.successful,
     )
@@ -294,7 +320,9 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         theta, new_steps, _ = task.solve(carry[0])
         return theta, carry[1] + new_steps.astype(jnp.int32)
 
-    def solve(c: _Carry, found: _Evaluation, verdict: _Judgement, wanted: Bool[Array, ""]) -> Any:
+    def solve(
+        c: _Carry, visit: _Visit, found: _Evaluation, verdict: _Judgement, wanted: Bool[Array, ""]
+    ) -> Any:
         """The one linear solve of a turn: x, what it learnt, and how accurate it was to be."""
         solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
         correction = c.phase != FIRST
@@ -305,12 +333,12 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         adjoint_rhs = tree_axpy(-damping, c.adjoint, found.adjoint_residual)
         request = Request(
             rhs=tree_where(
-                c.phase == PROBE, probe, tree_where(solve_theta, tree_neg(found.at.residual), adjoint_rhs)
+                verdict.probing, probe, tree_where(solve_theta, tree_neg(visit.at.residual), adjoint_rhs)
             ),
             wanted=wanted,
             transposed=~solve_theta,
             correction=correction,
-            probing=c.phase == PROBE,
+            probing=verdict.probing,
             # In a judged sweep the error of d goes through A⁻¹ once more on its way into the hypergradient.
             amplified=c.phase == SWEEP_THETA,
             rtol=jnp.where(correction, rtol, accuracy.adjoint_rtol),
@@ -320,22 +348,25 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             reference=tree_where(correction, zero_theta, c.adjoint),
             # What the call before has seen is a hint for a nearby curvature, and no more than that.
             curvature_min=jnp.minimum(c.curvature.ritz_min, jnp.where(c.source == WARM, known_min, inf)),
+            recycled=c.recycled,
         )
         theta = found.current.theta
-        x, info = stage.solve(found.at, request, (task.rebuild(theta), task.args))
+        x, info = stage.solve(visit.at, request, (task.rebuild(theta), task.args))
         # θ and φ may differ in precision; what is known about them is kept in the higher one.
+        recycled = info.recycled
+        info = info._replace(recycled=None)
         info = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, info)
-        return x, info, rtol
+        return x, info._replace(recycled=recycled), rtol
 
-    def turn(c: _Carry) -> _Carry:
-        theta, inner_steps = run_if(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
-        found = _evaluate(task, theta, c.adjoint, c.kept)
+    def turn(c: _Carry, visit: _Visit) -> _Carry:
+        theta = c.theta
+        found = _evaluate(visit, theta, c.adjoint, c.kept)
         verdict = _judge(c, found, stage, accuracy)
         # Under `vmap` a task that is done goes on turning with the others.
-        wanted = ~verdict.accepted & ~verdict.failed & (c.phase != DONE)
-        x, info, rtol = solve(c, found, verdict, wanted)
+        probing = verdict.probing
+        wanted = (~verdict.accepted | probing) & ~verdict.failed & (c.phase < REPORT)
+        x, info, rtol = solve(c, visit, found, verdict, wanted)
 
-        probing = c.phase == PROBE
         exhausted = wanted & ~probing & info.exhausted
         # A spent budget on a correction leaves the hypergradient before it, but no estimate of its error.
         broken = wanted & (
@@ -346,6 +377,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         moved = wanted & ~broken & ~probing
         solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
 
+        # So long a step leads to another curvature, to which the directions of this one are a hindrance.
+        far = moved & solve_theta & (info.solution_norm > FAR * found.theta_norm)
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
         step, size = info.solution_norm, found.theta_norm
         ratio = jnp.where(jnp.isfinite(c.step), (step / c.step) ** 2, step / jnp.maximum(size, step))
@@ -358,18 +391,16 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             [jnp.where(polish_more, POLISH, FIRST), _integer(SWEEP_ADJOINT)],
             _integer(SWEEP_THETA),
         )
-        finished = verdict.accepted | wrong | probing
-        following = jnp.where(finished, DONE, following)
-        if not stage.sees_everything:
-            # What was solved so far may have been blind to a direction of negative curvature. Along a path of warm
-            # starts the cold call has looked.
-            following = jnp.where(verdict.accepted & (c.source != WARM), PROBE, following)
+        unreported = wrong & (c.phase == POLISH)
+        following = jnp.where(verdict.accepted | wrong, jnp.where(unreported, REPORT, DONE), following)
+        following = jnp.where(c.phase == REPORT, DONE, following)
         following = jnp.where(retry, after_inner, following)
         result = RESULTS.where(
             wrong & ~retry,
             RESULTS.where(verdict.failed, verdict.why, why_failed(info)),
             RESULTS.successful,
         )
+        result = RESULTS.where(c.phase == REPORT, c.result, result)
         pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, c.pending)
         estimate = jnp.where(verdict.swept, verdict.estimate, c.kept.estimate)
         # Until there is a hypergradient, the point itself is kept: it is what a failure is about.
@@ -387,9 +418,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             adjoint=tree_where(moved & ~solve_theta & ~retry, tree_add(c.adjoint, x), old_adjoint),
             kept=tree_where(retry, nothing, kept),
             phase=following.astype(jnp.int32),
-            source=jnp.where(retry, INNER_NOW, jnp.where(c.source == WARM, WARM, INNER_DONE)).astype(
-                jnp.int32
-            ),
+            moved=retry | unreported | (moved & solve_theta),
+            source=jnp.where(retry, INNER_NOW, c.source).astype(jnp.int32),
             sweeps=jnp.where(retry, -1, verdict.sweeps),
             polished=jnp.where(retry, 0, c.polished + (moved & (c.phase == POLISH)).astype(jnp.int32)),
             change=jnp.where(retry, inf, jnp.where(verdict.swept, found.change, c.change)),
@@ -406,7 +436,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             counts=_Counts(
                 c.counts.matvecs + 1 + info.num_matvecs.astype(jnp.int32),
                 c.counts.sweeps + verdict.swept.astype(jnp.int32),
-                inner_steps,
+                c.counts.inner_steps,
             ),
             curvature=_Curvature(
                 jnp.where(
@@ -418,12 +448,41 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
                 highest,
                 jnp.where(seen, highest / jnp.abs(lowest), c.curvature.condition),
             ),
+            recycled=None if info.recycled is None else forget_if(retry | far, info.recycled),
             pending=RESULTS.where(retry, RESULTS.successful, pending),
             result=result,
         )
 
-    end = jax.lax.while_loop(lambda c: c.phase != DONE, turn, init)
+    def stay(c: _Carry) -> _Carry:
+        theta, inner_steps = run_if(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
+        visit = _visit(task, theta, c.phase != POLISH)
+        source = jnp.where(c.source == INNER_NOW, INNER_DONE, c.source).astype(jnp.int32)
+        here = c._replace(
+            theta=theta,
+            source=source,
+            counts=c.counts._replace(inner_steps=inner_steps),
+            moved=jnp.zeros_like(c.moved),
+        )
+        return jax.lax.while_loop(lambda c: ~c.moved & (c.phase != DONE), lambda c: turn(c, visit), here)
+
+    end = jax.lax.while_loop(lambda c: c.phase != DONE, stay, init)
     return _outcome(task, state, end)
+
+
+def _upkeep(state: State, end: _Carry, usable: Bool[Array, ""]) -> Recycled | None:
+    """The directions for the next call; none when they have ceased to help."""
+    if end.recycled is None:
+        return state.recycled
+    products, best = end.counts.matvecs, end.recycled.best
+    stale = state.warm & (products > 3 * (best // 2) + 10)
+    kept = Recycled(
+        end.recycled.directions,
+        end.recycled.products,
+        end.recycled.scale,
+        end.recycled.count,
+        jnp.where(state.warm, jnp.minimum(best, products), best),
+    )
+    return forget_if(stale | ~usable, kept)
 
 
 def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
@@ -453,6 +512,7 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         curvature_min=curvature.ritz_min,
         warm=usable,
         trend=trend,
+        recycled=_upkeep(state, end, usable),
         key=state.key,
     )
     return Outcome(kept.value, kept.grad, kept.theta, result, stats, new_state, no_influence)

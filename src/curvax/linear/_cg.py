@@ -27,10 +27,13 @@ class CG(lx.AbstractLinearSolver[_State]):
     Solves A x = b for a symmetric positive (or negative) definite A. The loop keeps the extreme Ritz values
     of A at O(1) a step and stops when ‖r‖²/‖p‖ ≤ rtol · λ̂min · ‖x‖, which asks for ‖x − A⁻¹b‖ ≤ rtol · ‖x‖.
     That is not what other solvers call `rtol`: a relative residual of 1e-6 can go with a solution
-    that is 5 % wrong. The residual is replaced by b − Ax whenever its drift begins to matter.
+    that is 5 % wrong. Down to `rtol` of about 1e-2 the smallest Ritz value may not have settled when the loop
+    stops, and the error of a badly conditioned system can be several times `rtol`; below, misses are rare and
+    small. A preconditioner does not change what `rtol` means. The residual is replaced by b − Ax whenever its
+    drift begins to matter.
 
     Options of `lineax.linear_solve`: `preconditioner` (a positive definite operator, an approximation of
-    A⁻¹; the error is then measured in its norm) and `y0` (a start, which has no derivative).
+    A⁻¹) and `y0` (a start, which has no derivative).
 
     Statistics: `num_steps` (products with A), `residual_norm`, `curvature_min` and `curvature_max` (Ritz
     values, of the preconditioned operator where there is one), `indefinite`, `singular` and

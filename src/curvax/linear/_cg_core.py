@@ -25,6 +25,7 @@ from curvax._pytree import (
     tree_where,
     tree_zeros_like,
 )
+from curvax.linear._recycle import Fresh, Recycled, deflated, keep, merged, no_fresh
 
 MatVec = Callable[[PyTree[Array]], PyTree[Array]]
 
@@ -37,9 +38,9 @@ class CGInfo(NamedTuple):
     """What one run of conjugate gradients learnt: scalars, and the residual b − Ax as the recursion has it.
 
     `curvature_min` and `curvature_max` are estimates of the extreme eigenvalues of the operator, or of the
-    preconditioned operator where there is a preconditioner; `norm` is the largest ‖Ap‖/‖p‖ and `rayleigh` the smallest
-    pᵀAp/pᵀp that was seen, both of the operator itself. `status` is one of the codes above; RUNNING means that
-    the budget was spent.
+    preconditioned operator where there is a preconditioner. Of the operator itself, `norm` is the largest ‖Ap‖/‖p‖ that
+    was seen, `lowest` the estimate of its smallest eigenvalue, `rayleigh` the smallest Rayleigh quotient. `status` is
+    one of the codes above; RUNNING means that the budget was spent. `recycled` has the directions that were kept.
     """
 
     num_matvecs: Int[Array, ""]
@@ -49,8 +50,10 @@ class CGInfo(NamedTuple):
     curvature_min: Float[Array, ""]
     curvature_max: Float[Array, ""]
     norm: Float[Array, ""]
+    lowest: Float[Array, ""]
     rayleigh: Float[Array, ""]
     status: Int[Array, ""]
+    recycled: Recycled | None
 
     @property
     def converged(self) -> Bool[Array, ""]:
@@ -75,26 +78,20 @@ class _Ritz(NamedTuple):
     inverse_alpha: Scalar  # 1/α of the last step
 
 
-class _Metric(NamedTuple):
-    """What a preconditioner adds to the loop."""
-
-    z: PyTree[Array]  # M⁻¹ r
-    metric_p: PyTree[Array]  # M p
-    metric_x: PyTree[Array]  # M x
-    rayleigh: Scalar
-
-
 class _Loop(NamedTuple):
     x: PyTree[Array]
     r: PyTree[Array]
+    z: PyTree[Array] | None  # M⁻¹ r, where there is a preconditioner
     p: PyTree[Array]
-    metric: _Metric | None
+    fresh: Fresh | None
     gamma: Scalar  # rᵀ M⁻¹ r
     direction: Scalar  # pᵀ M p
     beta: Scalar
     deviation: Scalar  # estimate of ‖(b − Ax) − r‖, the drift of the recursive residual
     ritz: _Ritz
     norm: Scalar
+    rayleigh: Scalar  # smallest pᵀAp/pᵀp and xᵀAx/xᵀx
+    metric: Scalar  # smallest zᵀMz/zᵀz
     x_norm: Scalar
     num_matvecs: Int[Array, ""]
     replace: Bool[Array, ""]
@@ -136,6 +133,7 @@ def conjugate_gradient(
     atol: Scalar | float = 0.0,
     max_steps: Int[Array, ""] | int,
     preconditioner: MatVec | None = None,
+    recycled: Recycled | None = None,
     reference: PyTree[Array] | None = None,
     curvature_min: Scalar | None = None,
     amplified: Bool[Array, ""] | bool = False,
@@ -146,8 +144,13 @@ def conjugate_gradient(
     Ritz value so far. With μ ≤ λmin the error e obeys ‖e‖²_A ≤ ‖r‖⁴ / (μ ‖p‖²) (Meurant & Tichý, "Approximating the
     extreme Ritz values and upper bounds for the A-norm of the error in CG", 2018) and ‖e‖² ≤ ‖e‖²_A / λmin, so that
     this asks for a relative error `rtol` of x. A test on the relative residual does not: in the prototypes the
-    residual at 5 % forward error ran from 5e-2 down to 7e-7. Under a preconditioner M⁻¹ the same test is made in the
-    norms of M⁻¹ and M, with λ̂min(M⁻¹A), together with ‖r‖ ≤ rtol · (xᵀAx/xᵀx) · ‖x‖.
+    residual at 5 % forward error ran from 5e-2 down to 7e-7.
+
+    Under a preconditioner M⁻¹ the residual is measured by √(ν rᵀM⁻¹r) and λ̂min is μ̂ν, where μ̂ is the smallest Ritz
+    value of M⁻¹A and ν the smallest zᵀMz/zᵀz of the preconditioned residuals, an estimate of λmin(M): λmin(A) ≥ μν
+    holds for the true values. (Outside of the recycled directions M is I/scale, and ν is 1/scale.) The smallest
+    Rayleigh quotient of A that was seen bounds λ̂min from above. With M = I this is the test above, so
+    that the error is that of x in the 2-norm in every case.
 
     The recursive residual drifts from b − Ax. The drift is estimated as the loop runs (van der Vorst
     & Ye, "Residual replacement strategies for Krylov subspace iterative methods", 2000), counts in the
@@ -160,9 +163,10 @@ def conjugate_gradient(
         atol: Absolute forward error that will do as well.
         max_steps: Budget of products with A.
         preconditioner: r ↦ M⁻¹ r, symmetric positive definite.
+        recycled: Directions of earlier runs: they precondition this one, which adds its own while there is room.
         reference: A start q: x is then the correction to it and the error is relative to ‖q + x‖.
             `rhs` must already be b − A q.
-        curvature_min: Smallest Ritz value known from earlier solves with a nearby operator: a
+        curvature_min: Smallest eigenvalue of A known from earlier solves with a nearby operator: a
             right-hand side may not excite the small directions.
         amplified: The error of x will be multiplied by A⁻¹ once more; tighten by λ̂min over the
             Rayleigh quotient of x.
@@ -170,35 +174,42 @@ def conjugate_gradient(
     Returns:
         x and a `CGInfo`. When a direction with pᵀAp ≤ 0 is met the loop stops with the last iterate.
 
-    Cost: one product with A a step, five vector updates (eight preconditioned), four inner products.
+    Cost: one product with A a step, five vector updates, four inner products (five preconditioned).
     """
     dtype = tree_dtype(rhs)
     eps = jnp.asarray(jnp.finfo(dtype).eps, dtype)
     floor_of_singular = jnp.asarray(max(tree_size(rhs), 4) ** 0.5, dtype) * eps
     rtol, atol = jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype)
-    inf, zero = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype)
+    inf, zero, one = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
     carried_min = inf if curvature_min is None else curvature_min.astype(dtype)
     rhs_norm = tree_norm(rhs)
+    plain = preconditioner is None and recycled is None
 
-    if preconditioner is None:
-        z, gamma, metric = rhs, rhs_norm * rhs_norm, None
-    else:
-        z = preconditioner(rhs)
-        gamma = tree_dot(rhs, z)
-        metric = _Metric(z, rhs, tree_zeros_like(rhs), inf)
+    def preconditioned(vector: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
+        """M⁻¹ applied, and what the given preconditioner was applied to and made of it."""
+        if recycled is not None:
+            return deflated(recycled, preconditioner, vector)
+        z = vector if preconditioner is None else preconditioner(vector)
+        return z, vector, z
+
+    z, _, _ = preconditioned(rhs)
+    gamma = rhs_norm * rhs_norm if plain else tree_dot(rhs, z)
     # A preconditioner that is not positive definite shows as γ ≤ 0 with r ≠ 0.
     status = jnp.where(rhs_norm == 0, CONVERGED, jnp.where(gamma > 0, RUNNING, INDEFINITE))
     start = _Loop(
         x=tree_zeros_like(rhs),
         r=rhs,
+        z=None if plain else z,
         p=z,
-        metric=metric,
+        fresh=None if recycled is None else no_fresh(rhs, recycled),
         gamma=gamma,
         direction=gamma,
         beta=zero,
         deviation=zero,
         ritz=_Ritz(zero, zero, zero, zero, zero),
         norm=zero,
+        rayleigh=inf,
+        metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
         x_norm=zero,
         num_matvecs=jnp.zeros((), jnp.int32),
         replace=jnp.asarray(False),
@@ -222,48 +233,34 @@ def conjugate_gradient(
         x = tree_axpy(alpha, c.p, c.x)
         # An ordinary step: r − αAp; a replacement: b − Ax.
         r = tree_axpy(jnp.where(c.replace, -1, -alpha), product, tree_where(c.replace, rhs, c.r))
+        z, before, after = preconditioned(r)
         total = x if reference is None else tree_add(reference, x)
-        vectors: Any = sum(tree_gram(x, r, rhs, total))
+        vectors: Any = sum(tree_gram(x, r, rhs, total) if plain else tree_gram(x, r, rhs, total, z))
         x_norm, residual_norm, total_norm = (jnp.sqrt(vectors[i, i]) for i in (0, 1, 3))
         x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
         own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
+        witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, inf))
+        rayleigh = jnp.where(advance, jnp.minimum(c.rayleigh, witness), c.rayleigh)
         rounding = eps * (norm * x_norm + rhs_norm)
         deviation = jnp.where(c.replace, rounding, c.deviation + eps * (norm * x_norm + residual_norm))
-        smallest = jnp.minimum(carried_min, 1 / ritz.low)
+        gamma = vectors[1, 1] if plain else vectors[1, 4]
+        metric = c.metric
+        if preconditioner is not None:
+            ends: Any = sum(tree_gram(before, after))
+            metric = jnp.where(ends[1, 1] > 0, jnp.minimum(metric, ends[0, 1] / ends[1, 1]), metric)
+        smallest = jnp.minimum(carried_min, jnp.minimum(rayleigh, metric / ritz.low))
+
+        beta = jnp.where(advance, gamma / c.gamma, c.beta)
+        # After a replacement p keeps its conjugate part: p + (z_new − z_old).
+        renewed = tree_add(c.p, tree_sub(z, c.r if c.z is None else c.z))
+        p = tree_where(c.replace, renewed, tree_axpy(beta, c.p, z))
+        direction = jnp.where(c.replace, c.direction, gamma + beta * beta * c.direction)
+        shrink = jnp.sqrt(gamma / direction)
         # A direction with a small eigenvalue may not have shown itself in one or two steps.
         wanted = rtol * jnp.where(c.num_matvecs < 3, 0.1, 1.0).astype(dtype)
-
-        if preconditioner is None or c.metric is None:
-            gamma, metric = vectors[1, 1], None
-            beta = jnp.where(advance, gamma / c.gamma, c.beta)
-            # After a replacement p keeps its conjugate part: p + (r_new − r_old).
-            p = tree_where(c.replace, tree_add(c.p, tree_sub(r, c.r)), tree_axpy(beta, c.p, r))
-            direction = jnp.where(c.replace, c.direction, gamma + beta * beta * c.direction)
-            shrink = jnp.sqrt(gamma / direction)
-            tighten = jnp.where(amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
-            met = shrink * residual_norm + deviation <= smallest * tighten * jnp.maximum(
-                wanted * total_norm, atol
-            )
-        else:
-            z = preconditioner(r)
-            gamma = tree_dot(r, z)
-            beta = jnp.where(advance, gamma / c.gamma, c.beta)
-            p = tree_where(c.replace, tree_add(c.p, tree_sub(z, c.metric.z)), tree_axpy(beta, c.p, z))
-            old = c.metric.metric_p
-            metric_p = tree_where(c.replace, tree_add(old, tree_sub(r, c.r)), tree_axpy(beta, old, r))
-            metric_x = tree_axpy(alpha, old, c.metric.metric_x)
-            rayleigh = jnp.minimum(c.metric.rayleigh, jnp.minimum(curvature / p_dot_p, own_rayleigh))
-            metric = _Metric(z, metric_p, metric_x, jnp.where(advance, rayleigh, c.metric.rayleigh))
-            x_metric = tree_dot(x, metric_x)
-            direction = jnp.where(c.replace, c.direction, gamma + beta * beta * c.direction)
-            shrink = jnp.sqrt(gamma / direction)
-            # ‖q + x‖_M needs M q, which is not at hand: scale ‖x‖_M by the ratio of the 2-norms.
-            total_metric = jnp.sqrt(x_metric) * total_norm / jnp.where(x_norm > 0, x_norm, 1)
-            tighten = jnp.where(amplified, jnp.minimum(1, smallest * x_metric / x_energy), 1)
-            met = (
-                shrink * jnp.sqrt(gamma)
-                <= smallest * tighten * jnp.maximum(wanted, atol / total_norm) * total_metric
-            ) & (residual_norm + deviation <= tighten * own_rayleigh * jnp.maximum(wanted * total_norm, atol))
+        tighten = jnp.where(amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
+        measured = residual_norm if plain else jnp.sqrt(metric * gamma)
+        met = shrink * measured + deviation <= smallest * tighten * jnp.maximum(wanted * total_norm, atol)
 
         # Each line overrides those before it.
         status = jnp.where(met | (gamma == 0), CONVERGED, RUNNING)
@@ -271,9 +268,8 @@ def conjugate_gradient(
         status = jnp.where(residual_norm <= rounding, PRECISION_LIMITED, status)
         status = jnp.where(gamma < 0, INDEFINITE, status)
         # In a long run lost orthogonality pushes the Ritz value below the spectrum: a vector must bear it out.
-        lowest = floor_of_singular * ritz.high
-        witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, inf))
-        status = jnp.where((1 / ritz.low <= lowest) & (witness <= 3 * lowest), SINGULAR, status)
+        unseen = 1 / ritz.low <= floor_of_singular * ritz.high
+        status = jnp.where(unseen & (witness <= 6 * floor_of_singular * norm), SINGULAR, status)
         at_rounding = jnp.abs(curvature) <= floor_of_singular * norm * p_dot_p
         status = jnp.where(c.replace | advance, status, jnp.where(at_rounding, SINGULAR, INDEFINITE))
         status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
@@ -281,14 +277,17 @@ def conjugate_gradient(
         return _Loop(
             x=x,
             r=r,
+            z=None if plain else z,
             p=p,
-            metric=metric,
+            fresh=None if c.fresh is None else keep(c.fresh, advance, c.p, product, curvature),
             gamma=gamma,
             direction=direction,
             beta=beta,
             deviation=deviation,
             ritz=ritz,
             norm=norm,
+            rayleigh=rayleigh,
+            metric=metric,
             x_norm=x_norm,
             num_matvecs=c.num_matvecs + 1,
             replace=~c.replace & drifted,
@@ -296,18 +295,18 @@ def conjugate_gradient(
         )
 
     end = jax.lax.while_loop(unfinished, body, start)
-    lowest = 1 / end.ritz.low
-    plain = end.metric is None
     info = CGInfo(
         num_matvecs=end.num_matvecs,
         residual=end.r,
         residual_norm=jnp.sqrt(end.gamma) if plain else tree_norm(end.r),
         solution_norm=end.x_norm,
-        curvature_min=lowest,
+        curvature_min=1 / end.ritz.low,
         curvature_max=end.ritz.high,
         norm=end.norm,
-        rayleigh=lowest if end.metric is None else end.metric.rayleigh,
+        lowest=jnp.minimum(end.rayleigh, end.metric / end.ritz.low),
+        rayleigh=end.rayleigh,
         status=end.status,
+        recycled=None if recycled is None or end.fresh is None else merged(recycled, end.fresh),
     )
     return end.x, info
 

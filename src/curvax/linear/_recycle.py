@@ -1,0 +1,194 @@
+"""Directions that conjugate gradients leave behind, as a preconditioner for later solves with a nearby operator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from curvax._control import run_if
+from curvax._pytree import tree_add, tree_dot, tree_dtype, tree_scale, tree_sub
+
+# A direction is kept when this share of its energy is new: what is left of one that is not is rounding and drift.
+MIN_NEW = 0.5
+
+# More products than any call needs, and no overflow near it.
+UNKNOWN = 2**28
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Recycled(eqx.Module):
+    """A-conjugate directions: uᵢᵀ A uⱼ ≈ δᵢⱼ and wᵢ = A uᵢ, in the first `count` of m slots.
+
+    Attributes:
+        directions: uᵢ; leaves of shape (m, *leaf.shape).
+        products: wᵢ, likewise.
+        scale: uᵀw / wᵀw of the last one, a guess of 1/λ where nothing is known of A.
+        count: How many slots are taken.
+        best: Fewest products that a call has needed since the first direction was kept.
+    """
+
+    directions: PyTree[Array]
+    products: PyTree[Array]
+    scale: Float[Array, ""]
+    count: Int[Array, ""]
+    best: Int[Array, ""]
+
+
+def nothing_recycled(like: PyTree[Array], capacity: int) -> Recycled:
+    """Empty slots for vectors like `like`."""
+    slots = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), like)
+    one = jnp.ones((), tree_dtype(like))
+    return Recycled(slots, slots, one, jnp.zeros((), jnp.int32), jnp.asarray(UNKNOWN, jnp.int32))
+
+
+def forget_if(stale: Bool[Array, ""], kept: Recycled) -> Recycled:
+    """No directions if `stale`, else those that are kept."""
+    return Recycled(
+        kept.directions,
+        kept.products,
+        jnp.where(stale, 1, kept.scale),
+        jnp.where(stale, 0, kept.count),
+        jnp.where(stale, UNKNOWN, kept.best),
+    )
+
+
+def _flat(slots: Array) -> Array:
+    return slots.reshape(slots.shape[0], -1)
+
+
+def _products(a: PyTree[Array], b: PyTree[Array], dtype: Any) -> Float[Array, "m n"]:
+    """All inner products of two lists of vectors."""
+    return _summed(lambda x, y: jnp.matmul(_flat(x), _flat(y).T, precision=_EXACT), a, b, dtype=dtype)
+
+
+def _along(slots: PyTree[Array], vector: PyTree[Array], used: Bool[Array, " m"]) -> Float[Array, " m"]:
+    """The inner products of a vector with the slots in use."""
+    total = _summed(
+        lambda x, v: jnp.matmul(_flat(x), v.ravel(), precision=_EXACT),
+        slots,
+        vector,
+        dtype=tree_dtype(vector),
+    )
+    return jnp.where(used, total, 0)
+
+
+def _summed(leaf: Callable[..., Array], *trees: PyTree[Array], dtype: Any) -> Array:
+    terms = [term.astype(dtype) for term in jax.tree.leaves(jax.tree.map(leaf, *trees))]
+    return sum(terms[1:], start=terms[0])
+
+
+def _mixed(weights: Float[Array, "*k m"], slots: PyTree[Array]) -> PyTree[Array]:
+    """Sums of the slots, one for every row of weights; a slot that is not in use has weight 0."""
+
+    def leaf(slot: Array) -> Array:
+        total = jnp.matmul(weights.astype(slot.dtype), _flat(slot), precision=_EXACT)
+        return total.reshape(*weights.shape[:-1], *slot.shape[1:])
+
+    return jax.tree.map(leaf, slots)
+
+
+def _capacity(slots: "Recycled | Fresh") -> int:
+    return jax.tree.leaves(slots.directions)[0].shape[0]
+
+
+def _in_use(slots: "Recycled | Fresh") -> Bool[Array, " m"]:
+    return jnp.arange(_capacity(slots), dtype=slots.count.dtype) < slots.count
+
+
+def deflated(
+    kept: Recycled, base: Callable[[PyTree[Array]], PyTree[Array]] | None, r: PyTree[Array]
+) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
+    """(I − UWᵀ) P (I − WUᵀ) r + UUᵀr, and what P was given and returned; P is `base`, or `scale` times the identity.
+
+    Symmetric positive definite if P is, whatever the directions hold: with a nearby A it is only less effective. Where
+    it is A itself, the span of U has the eigenvalue 1 and the rest those of PA. This is the inverse that L-BFGS builds
+    from conjugate pairs, and the balancing preconditioner of domain decomposition.
+    """
+    used = _in_use(kept)
+    inside = _along(kept.directions, r, used)
+    rest = tree_sub(r, _mixed(inside, kept.products))
+    outside = tree_scale(kept.scale, rest) if base is None else base(rest)
+    weights = inside - _along(kept.products, outside, used)
+    return tree_add(outside, _mixed(weights, kept.directions)), rest, outside
+
+
+class Fresh(eqx.Module):
+    """The first directions of a run, as they came: scaled to pᵀAp = 1, in the first `count` of their slots.
+
+    They are written during the run and read after it: slots that are read and written in one loop would be copied in
+    every step.
+    """
+
+    directions: PyTree[Array]
+    products: PyTree[Array]
+    count: Int[Array, ""]
+
+
+def no_fresh(like: PyTree[Array], kept: Recycled) -> Fresh:
+    """Empty slots for one run, a third of what is kept."""
+    size = -(-_capacity(kept) // 3)
+    slots = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), like)
+    return Fresh(slots, slots, jnp.zeros((), jnp.int32))
+
+
+def keep(
+    fresh: Fresh, usable: Bool[Array, ""], p: PyTree[Array], product: PyTree[Array], energy: Scalar
+) -> Fresh:
+    """One more direction p with Ap and pᵀAp, while there is room."""
+    capacity = jax.tree.leaves(fresh.directions)[0].shape[0]
+    takes = usable & (fresh.count < capacity) & jnp.isfinite(energy)
+    weight = 1 / jnp.sqrt(jnp.where(takes, energy, 1))
+    slot = jnp.minimum(fresh.count, capacity - 1)
+
+    def store(slots: PyTree[Array], vector: PyTree[Array]) -> PyTree[Array]:
+        def leaf(array: Array, v: Array) -> Array:
+            old = jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
+            new = jnp.where(takes, weight.astype(v.dtype) * v, old)
+            return jax.lax.dynamic_update_index_in_dim(array, new, slot, 0)
+
+        return jax.tree.map(leaf, slots, vector)
+
+    return Fresh(
+        store(fresh.directions, p), store(fresh.products, product), fresh.count + takes.astype(jnp.int32)
+    )
+
+
+def merged(kept: Recycled, fresh: Fresh) -> Recycled:
+    """The directions of a run added to those before it, while there is room for a whole run."""
+    room = kept.count + _capacity(fresh) <= _capacity(kept)
+    return run_if(room & (fresh.count > 0), lambda old: _merge(old, fresh), kept)
+
+
+def _merge(kept: Recycled, fresh: Fresh) -> Recycled:
+    """Make the new directions conjugate to the old ones and to each other, drop what is not new, and append."""
+    dtype = kept.scale.dtype
+    overlap = jnp.where(_in_use(kept), _products(fresh.directions, kept.products, dtype), 0)  # (new, old)
+    u = tree_sub(fresh.directions, _mixed(overlap, kept.directions))
+    w = tree_sub(fresh.products, _mixed(overlap, kept.products))
+    energies = _products(u, w, dtype)
+    # Symmetric up to what A has changed. The eigenvectors are conjugate, their eigenvalues the share that is new.
+    shares, mix = jnp.linalg.eigh(0.5 * (energies + energies.T))
+    new = (shares > MIN_NEW)[::-1]
+    scales = jax.lax.rsqrt(jnp.where(new, shares[::-1], 1))
+    weights = jnp.where(new[:, None], scales[:, None] * mix.T[::-1], 0)
+    num_new = jnp.sum(new).astype(kept.count.dtype)
+
+    def append(old: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
+        return jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, kept.count, 0), old, _mixed(weights, added)
+        )
+
+    last = jnp.maximum(fresh.count - 1, 0)
+    final = jax.tree.map(lambda slots: slots[last], w)
+    energy, square = energies[last, last], tree_dot(final, final)
+    return Recycled(
+        append(kept.directions, u),
+        append(kept.products, w),
+        jnp.where((num_new > 0) & (energy > 0) & (square > 0), energy / square, kept.scale).astype(dtype),
+        kept.count + num_new,
+        kept.best,
+    )

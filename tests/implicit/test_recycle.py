@@ -1,0 +1,188 @@
+"""Directions that travel from solve to solve and, in the state, from call to call."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+import curvax as cx
+
+N = 80
+# A few stiff directions, which move a little with φ, over a spread bulk.
+DIAGONAL = jnp.concatenate([jnp.linspace(1.0, 6.0, N - 5), jnp.geomspace(100.0, 1000.0, 5)])
+
+
+def _inner(w, lam, rotation):
+    v = rotation @ w
+    energy = 0.5 * jnp.sum(DIAGONAL.astype(v.dtype) * v**2) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+    return energy + 0.1 * jnp.sum(jnp.cos(w)) - jnp.sum(w)
+
+
+def _outer(w, lam, _):
+    return 0.5 * jnp.sum((w - 0.1) ** 2)
+
+
+PROBLEM = cx.Bilevel(inner=_inner, outer=_outer)
+SOLVER = cx.Steps(optax.sgd(5e-4), 3)
+
+
+@pytest.fixture
+def rotation(rng):
+    return jnp.asarray(np.linalg.qr(rng.normal(size=(N, N)))[0])
+
+
+def _truth(phi, rotation):
+    dense = optx.root_find(
+        lambda w, _: jax.grad(_inner)(w, phi, rotation), optx.Newton(1e-13, 1e-13), jnp.zeros(N)
+    ).value
+    hessian = jax.hessian(_inner)(dense, phi, rotation)
+    adjoint = jnp.linalg.solve(hessian, jax.grad(_outer)(dense, phi, None))
+    return np.asarray(-adjoint * dense * jnp.exp(phi))
+
+
+def _walk(rule, rotation, num_steps=6, dtype=jnp.float64):
+    theta0, phi = jnp.zeros(N, dtype), jnp.zeros(N, dtype)
+    rotation = rotation.astype(dtype)
+    method = {"inner_solver": SOLVER, "rule": rule, "inner_data": rotation}
+    call = jax.jit(lambda phi, state: cx.hypergradient(PROBLEM, phi, theta0, state=state, **method))
+    state = cx.bilevel.initial_state(PROBLEM, phi, theta0, inner_solver=SOLVER, rule=rule)
+    products = []
+    for step in range(num_steps):
+        point = phi + jnp.asarray(0.1 * step, dtype)
+        hg = call(point, state)
+        assert jax.tree.structure(hg.state) == jax.tree.structure(state)
+        state = hg.state
+        products.append(int(hg.stats.num_matvecs))
+    assert call._cache_size() == 1
+    return products, hg, point
+
+
+def test_fewer_products_cold_and_warm(rotation):
+    rule = cx.Implicit(rtol=1e-6, max_sweeps=6)
+    recycled, hg, point = _walk(rule, rotation)
+    alone, other, _ = _walk(cx.Implicit(rtol=1e-6, max_sweeps=6, recycle=0), rotation)
+    assert other.state.recycled is None
+    assert recycled[0] < 0.85 * alone[0], (recycled, alone)
+    assert sum(recycled[1:]) < 0.7 * sum(alone[1:]), (recycled, alone)
+    truth = _truth(point, rotation)
+    assert np.linalg.norm(hg.grad - truth) < 1e-6 * np.linalg.norm(truth)
+    assert 0.2 < float(hg.stats.error_estimate) / np.linalg.norm(hg.grad - truth) < 10
+
+
+def test_float32(rotation):
+    products, hg, point = _walk(cx.Implicit(rtol=1e-3, max_sweeps=4), rotation, dtype=jnp.float32)
+    alone, _, _ = _walk(cx.Implicit(rtol=1e-3, max_sweeps=4, recycle=0), rotation, dtype=jnp.float32)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(hg.state.recycled.directions))
+    truth = _truth(point.astype(jnp.float64), rotation)
+    assert np.linalg.norm(np.asarray(hg.grad) - truth) < 1e-3 * np.linalg.norm(truth)
+    assert sum(products) < sum(alone)
+
+
+def test_without_an_estimate_on_request(rotation):
+    """`recycle` with `rtol=None`: one adjoint solve a call, preconditioned from the second call on."""
+    solver = optx.BFGS(1e-8, 1e-8)
+
+    def run(recycle):
+        rule = cx.Implicit(rtol=None, recycle=recycle)
+        state, products = None, []
+        for step in range(3):
+            phi = jnp.full(N, 0.05 * step)
+            hg = cx.hypergradient(
+                PROBLEM, phi, jnp.zeros(N), inner_solver=solver, rule=rule, inner_data=rotation, state=state
+            )
+            state = hg.state
+            products.append(int(hg.stats.num_matvecs))
+        truth = _truth(phi, rotation)
+        assert np.linalg.norm(hg.grad - truth) < 1e-6 * np.linalg.norm(truth)
+        return products, state
+
+    recycled, state = run(18)
+    alone, without = run(None)
+    assert without.recycled is None
+    assert int(state.recycled.count) > 0
+    assert abs(recycled[0] - alone[0]) <= 2
+    assert sum(recycled[1:]) < 0.9 * sum(alone[1:]), (recycled, alone)
+
+
+def test_a_long_step_and_a_new_curvature_forget(rotation):
+    """Directions of another curvature are dropped: after a jump of φ the calls are as quick as before."""
+    rule = cx.Implicit(rtol=1e-6, max_sweeps=6)
+    method = {"inner_solver": SOLVER, "rule": rule}
+    call = jax.jit(
+        lambda phi, rotation, state: cx.hypergradient(
+            PROBLEM, phi, jnp.zeros(N), inner_data=rotation, state=state, **method
+        )
+    )
+    state = cx.bilevel.initial_state(PROBLEM, jnp.zeros(N), jnp.zeros(N), **method)
+    before = [call(jnp.zeros(N), rotation, state)]
+    for step in range(3):
+        before.append(call(jnp.full(N, 0.02 * step), rotation, before[-1].state))
+    # The same spectrum in other directions.
+    other = rotation[:, ::-1]
+    after = [call(jnp.full(N, 0.06), other, before[-1].state)]
+    for step in range(4):
+        after.append(call(jnp.full(N, 0.06 + 0.02 * step), other, after[-1].state))
+    truth = _truth(jnp.full(N, 0.06), other)
+    assert np.linalg.norm(after[0].grad - truth) < 1e-6 * np.linalg.norm(truth)
+    assert int(after[-1].stats.num_matvecs) <= 1.5 * int(before[-1].stats.num_matvecs) + 5
+
+
+def test_vmap_over_tasks(rotation):
+    phis = jnp.stack([jnp.zeros(N), jnp.full(N, 0.5)])
+    rule = cx.Implicit(rtol=1e-6, max_sweeps=6)
+
+    def two_calls(phi):
+        method = {"inner_solver": SOLVER, "rule": rule, "inner_data": rotation}
+        first = cx.hypergradient(PROBLEM, phi, jnp.zeros(N), **method)
+        return cx.hypergradient(PROBLEM, phi + 0.01, jnp.zeros(N), state=first.state, **method).grad
+
+    for phi, grad in zip(phis, jax.jit(jax.vmap(two_calls))(phis), strict=True):
+        truth = _truth(phi + 0.01, rotation)
+        assert np.linalg.norm(grad - truth) < 1e-6 * np.linalg.norm(truth)
+
+
+def test_room_is_bounded_by_default():
+    def capacity(size, rule):
+        theta = jnp.zeros(size)
+        problem = cx.Bilevel(
+            inner=lambda w, lam, _: jnp.sum((w - lam) ** 2), outer=lambda w, lam, _: jnp.sum(w)
+        )
+        state = cx.bilevel.initial_state(problem, jnp.zeros(()), theta, inner_solver=SOLVER, rule=rule)
+        return 0 if state.recycled is None else state.recycled.directions.shape[0]
+
+    assert capacity(20, cx.Implicit()) == 0  # decomposed
+    assert capacity(640, cx.Implicit()) == 24
+    assert 0 < capacity(16384, cx.Implicit()) < 24
+    assert capacity(1_000_000, cx.Implicit()) == 0
+    assert capacity(1_000_000, cx.Implicit(recycle=2)) == 2
+    assert capacity(640, cx.Implicit(rtol=None)) == 0
+    assert capacity(640, cx.Implicit(linear_solver=lx.CG(1e-6, 1e-6))) == 24  # for the solves that judge
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True, "all"])
+def test_recycle_must_be_a_count(value):
+    with pytest.raises(ValueError, match="`recycle` of `Implicit` must be None or an integer"):
+        cx.Implicit(recycle=value)
+
+
+def test_recycle_where_nothing_is_recycled_is_refused():
+    root = cx.Bilevel(inner=cx.Root(lambda x, c, _: x**3 - c), outer=lambda x, c, _: jnp.sum(x**2))
+    with pytest.raises(ValueError, match="`recycle=8` of `Implicit` needs conjugate gradients"):
+        cx.hypergradient(
+            root,
+            jnp.ones(200),
+            jnp.ones(200),
+            inner_solver=optx.Newton(1e-8, 1e-8),
+            rule=cx.Implicit(recycle=8),
+        )
+    with pytest.raises(ValueError, match="`recycle=8` of `Implicit` needs conjugate gradients"):
+        cx.hypergradient(
+            PROBLEM,
+            jnp.zeros(N),
+            jnp.zeros(N),
+            inner_solver=SOLVER,
+            rule=cx.Implicit(rtol=None, recycle=8, linear_solver=lx.CG(1e-8, 1e-8)),
+        )
