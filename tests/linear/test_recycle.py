@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curvax._pytree import tree_norm, tree_sub
-from curvax.linear._cg_core import CONVERGED, conjugate_gradient
+from curvax.linear._cg_core import CONVERGED, PRECISION_LIMITED, RUNNING, conjugate_gradient
 from curvax.linear._recycle import deflated, forget_if, nothing_recycled
 from helpers.dense import rotated
 
@@ -170,3 +170,62 @@ def test_vmap_is_a_loop(rng):
         # Both are within 1e-5 of the truth; rounding may make one of them stop a step later.
         assert np.linalg.norm(found - expected) <= 2e-5 * np.linalg.norm(expected)
         assert int(info.recycled.count[i]) == int(one.recycled.count)
+
+
+def _spread(condition, rng):
+    return rotated(np.geomspace(1.0, condition, N), rng)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_directions_of_a_rescaled_matrix_make_no_false_failure(rng, scale):
+    matrix = _spread(1e2, rng)
+    kept = _filled(matrix, rng, jnp.float32)
+    other = jnp.asarray(scale * matrix, jnp.float32)
+    vector = rng.normal(size=N)
+    x, info = _solve(other, jnp.asarray(vector, jnp.float32), kept, 1e-3)
+    assert int(info.status) in (CONVERGED, PRECISION_LIMITED, RUNNING)
+    if int(info.status) != RUNNING:
+        truth = np.linalg.solve(scale * matrix, vector)
+        assert np.linalg.norm(_flat(x) - truth) <= 2e-3 * np.linalg.norm(truth)
+
+
+def test_directions_of_a_rotated_matrix_make_no_false_failure(rng):
+    for _ in range(5):
+        kept = _filled(_spread(1e3, rng), rng, jnp.float32)
+        matrix, vector = _spread(1e3, rng), rng.normal(size=N)
+        x, info = _solve(jnp.asarray(matrix, jnp.float32), jnp.asarray(vector, jnp.float32), kept, 1e-2)
+        assert int(info.status) in (CONVERGED, PRECISION_LIMITED, RUNNING)
+        if int(info.status) != RUNNING:
+            truth = np.linalg.solve(matrix, vector)
+            assert np.linalg.norm(_flat(x) - truth) <= 2e-2 * np.linalg.norm(truth)
+
+
+def test_leaves_of_two_precisions_never_overflow():
+    """Energies that float64 holds and weights that float32 does not: nothing of it is kept."""
+    like = {"a": jnp.zeros(3, jnp.float32), "b": jnp.zeros(4, jnp.float64)}
+    kept = nothing_recycled(like, 6)
+
+    def matvec(v):
+        return {"a": 2 * v["a"], "b": jnp.arange(1.0, 5.0) * v["b"]}
+
+    for size in (1e-42, 1e-60, 1e-160, 1.0):
+        rhs = jax.tree.map(lambda x, s=size: jnp.full_like(x, s), like)
+        x, info = conjugate_gradient(matvec, rhs, rtol=1e-6, max_steps=50, recycled=kept)
+        kept = forget_if(jnp.asarray(size < 1), info.recycled)
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(kept.directions))
+    assert int(info.status) == CONVERGED
+    np.testing.assert_allclose(x["b"], 1 / np.arange(1.0, 5.0), rtol=1e-5)
+
+
+def test_isolated_low_eigenvalue_is_remembered(rng):
+    """Once deflated it is not seen any more, and still counts in the stopping test."""
+    matrix = rotated(np.concatenate([[1e-2], np.geomspace(1.0, 50.0, N - 1)]), rng)
+    kept = _filled(matrix, rng, runs=2)
+    for _ in range(4):
+        vector = rng.normal(size=N)
+        x, info = _solve(matrix, vector, kept, 1e-4)
+        kept = info.recycled
+        truth = np.linalg.solve(matrix, vector)
+        assert np.linalg.norm(_flat(x) - truth) <= 1.5e-4 * np.linalg.norm(truth)
+    assert 0.5 < float(info.lowest) / 1e-2 < 1.5
+    assert 0.4 < float(info.norm) / 50.0 < 2.5

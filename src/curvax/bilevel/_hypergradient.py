@@ -204,6 +204,9 @@ def hypergradient(
             check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
         state = initial_state(problem, phi, theta0, inner_solver=inner_solver, rule=rule, key=key)
     _check_state(state, phi, theta0)
+    state = _with_room(
+        state, theta0, rule.num_recycled(split(theta0, "theta0")[0], problem.condition.symmetric)
+    )
     check_key(inner_data, outer_data, state.key)
     rule.check(
         stochastic_steps=isinstance(inner_solver, Steps) and is_sampler(inner_data),
@@ -248,6 +251,15 @@ def _check_state(state: Any, phi: PyTree, theta0: PyTree) -> None:
                 f"`state` belongs to another problem: its {name.removesuffix('0')} has the shapes {found}, "
                 f"`{name}` has {wanted} (or another structure). Start with `state=None`."
             )
+
+
+def _with_room(state: State, theta0: PyTree, capacity: int) -> State:
+    """The state with as many slots as the rule recycles: empty ones, where an earlier rule had others."""
+    found = 0 if state.recycled is None else jax.tree.leaves(state.recycled.directions)[0].shape[0]
+    if found == capacity:
+        return state
+    theta, _ = split(theta0, "theta0")
+    return State(**{**vars(state), "recycled": nothing_recycled(theta, capacity) if capacity else None})
 
 
 def explain(out: Hypergradient, no_influence: PyTree[Array] | None = None) -> str:

@@ -72,9 +72,9 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         max_sweeps: Sweeps allowed to reach the request. From a warm start at least four are tried before the inner
             solver is called.
         recycle: How many directions of the solves to keep, as a preconditioner for the solves that follow, in the
-            same call and, through `state`, in the next: 2 · recycle vectors like theta, and about as many vector
-            operations a product. None: up to 24 while they are at most 2^17 numbers (theta up to 21845), none
-            with `rtol=None`. Only where conjugate gradients solve: not for roots, fixed points and decomposed matrices.
+            same call and, through `state`, in the next: 2 · recycle vectors like theta, and 4 · recycle vector
+            operations a product. None: up to 24 while they are at most 2^17 numbers (theta up to 21845). Only where
+            conjugate gradients solve and an estimate is made: not for roots, fixed points and `rtol=None`.
 
     Raises:
         ValueError: A tolerance, the damping or the number of sweeps is out of range.
@@ -205,16 +205,18 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
 
     def num_recycled(self, theta: PyTree[Array], symmetric: bool) -> int:
         """As `recycle` says; by default up to 24 where they cost little memory and there is an estimate."""
-        recycles = self._stage(theta, symmetric)[0].recycles
+        stage, _ = self._stage(theta, symmetric)
+        if isinstance(stage, DenseStage):
+            return 0
         if self.recycle is not None:
-            if self.recycle and not recycles and tree_size(theta) > DENSE_SIZE:
+            if self.recycle and not (stage.recycles and self.rtol is not None):
                 raise ValueError(
-                    f"`recycle={self.recycle}` of `Implicit` needs conjugate gradients: an inner minimum, and no "
-                    "`linear_solver` but `cx.linear.CG` where `rtol` is None."
+                    f"`recycle={self.recycle}` of `Implicit` needs an error estimate (`rtol` that is not None) and "
+                    "conjugate gradients: an inner minimum, not a root or a fixed point."
                 )
-            return self.recycle if recycles else 0
+            return self.recycle
         fitting = min(RECYCLED, RECYCLED_SIZE // max(tree_size(theta), 1))
-        return fitting if recycles and self.rtol is not None and fitting >= FEWEST_RECYCLED else 0
+        return fitting if stage.recycles and self.rtol is not None and fitting >= FEWEST_RECYCLED else 0
 
     def _stage(self, theta: PyTree[Array], symmetric: bool) -> tuple[AbstractStage, Any]:
         """How the solves are done, and the forward error that the user's own CG asks for."""

@@ -23,7 +23,6 @@ from curvax.implicit._influence import without_influence
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, why_failed
 from curvax.implicit._sweeps import Accuracy
-from curvax.linear._recycle import forget_if
 
 
 def _nan_where(bad: Array, tree: PyTree[Array]) -> PyTree[Array]:
@@ -55,7 +54,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         damping=accuracy.damping,
         reference=start,
         curvature_min=jnp.where(state.warm, state.curvature_min.astype(dtype), inf),
-        recycled=state.recycled,
+        recycled=None,
     )
     x, info = stage.solve(at, request, (task.rebuild(theta), task.args))
     adjoint = tree_add(start, x)
@@ -96,7 +95,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         curvature_min=jnp.where(info.ritz_min > 0, info.ritz_min, inf).astype(state.curvature_min.dtype),
         warm=usable,
         trend=state.trend,
-        recycled=None if info.recycled is None else forget_if(~usable, info.recycled),
+        recycled=state.recycled,
         key=state.key,
     )
     return Outcome(value.astype(dtype), grad, theta, result, stats, new_state, no_influence)

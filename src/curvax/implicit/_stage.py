@@ -49,6 +49,7 @@ class StageInfo(NamedTuple):
 
     `residual_norm` is that of the undamped system at `reference + x`, ‖b + damping · reference − A x‖, or 0 where the
     stage does not know its error. `ritz_min` is what later solves are told of the smallest eigenvalue.
+    `decades` is by how many powers of ten the residual has fallen, where that is known.
     """
 
     num_matvecs: Int[Array, ""]
@@ -62,6 +63,7 @@ class StageInfo(NamedTuple):
     exhausted: Bool[Array, ""]
     nonfinite: Bool[Array, ""]
     recycled: Recycled | None
+    decades: Float[Array, ""]
 
 
 class Request(NamedTuple):
@@ -166,6 +168,7 @@ class ConjugateGradientStage(AbstractStage):
             exhausted=wanted & (info.status == RUNNING),
             nonfinite=wanted & (info.status == NONFINITE),
             recycled=info.recycled,
+            decades=jnp.where(wanted, info.decades, 0),
         )
 
 
@@ -230,6 +233,7 @@ class DenseStage(AbstractStage):
             exhausted=jnp.asarray(False),
             nonfinite=wanted & ~finite,
             recycled=request.recycled,
+            decades=jnp.zeros_like(request.rtol),
         )
 
 
@@ -295,6 +299,7 @@ class LineaxStage(AbstractStage):
             exhausted=request.wanted & flags[1],
             nonfinite=request.wanted & ~flags[0] & ~finite,
             recycled=request.recycled,
+            decades=jnp.zeros_like(request.rtol),
         )
 
 

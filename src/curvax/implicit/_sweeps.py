@@ -40,7 +40,7 @@ from curvax.implicit._influence import without_influence
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, why_failed
 from curvax.implicit._trend import extrapolate, follow
-from curvax.linear._recycle import Recycled, forget_if
+from curvax.linear._recycle import Recycled, forget_if, maintain
 
 CORRECTION_RTOL = 0.2  # forward error of a correction: 0.3 was fooled in prototypes
 WARM_SWEEPS = 4  # sweeps that a warm start may spend before the inner solver is called
@@ -82,6 +82,7 @@ class _Counts(NamedTuple):
     matvecs: Int[Array, ""]
     sweeps: Int[Array, ""]
     inner_steps: Int[Array, ""]
+    decades: Scalar  # of residual, over all solves
 
 
 class _Curvature(NamedTuple):
@@ -308,7 +309,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         step=inf,
         linear_residual=zero,
         rtol=jnp.where(state.warm, warm_rtol, first_rtol),
-        counts=_Counts(_integer(0), _integer(0), _integer(0)),
+        counts=_Counts(_integer(0), _integer(0), _integer(0), zero),
         curvature=_Curvature(inf, inf, -inf, zero),
         recycled=None if before is None else forget_if(~state.warm, before),
         pending=RESULTS.successful,
@@ -368,17 +369,20 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         x, info, rtol = solve(c, visit, found, verdict, wanted)
 
         exhausted = wanted & ~probing & info.exhausted
+        # What fails under recycled directions is tried again without them: nothing but the directions changes.
+        fails = wanted & (info.singular | info.indefinite | info.nonfinite | exhausted)
+        again = fails & _has_directions(c.recycled)
         # A spent budget on a correction leaves the hypergradient before it, but no estimate of its error.
-        broken = wanted & (
-            info.singular | info.indefinite | info.nonfinite | (exhausted & (c.phase != FIRST))
-        )
+        broken = fails & ~again & ~(exhausted & (c.phase == FIRST))
         wrong = verdict.failed | broken
         retry = wrong & (c.source == WARM)
-        moved = wanted & ~broken & ~probing
+        moved = wanted & ~broken & ~probing & ~again
         solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
 
-        # So long a step leads to another curvature, to which the directions of this one are a hindrance.
-        far = moved & solve_theta & (info.solution_norm > FAR * found.theta_norm)
+        # So long a step leads to another curvature, to which the directions of this one are a hindrance. (From a warm
+        # start they have a history to be judged by.)
+        long = info.solution_norm > FAR * found.theta_norm
+        far = moved & solve_theta & long & (c.source != WARM)
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
         step, size = info.solution_norm, found.theta_norm
         ratio = jnp.where(jnp.isfinite(c.step), (step / c.step) ** 2, step / jnp.maximum(size, step))
@@ -394,23 +398,26 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         unreported = wrong & (c.phase == POLISH)
         following = jnp.where(verdict.accepted | wrong, jnp.where(unreported, REPORT, DONE), following)
         following = jnp.where(c.phase == REPORT, DONE, following)
-        following = jnp.where(retry, after_inner, following)
+        following = jnp.where(again, c.phase, jnp.where(retry, after_inner, following))
         result = RESULTS.where(
             wrong & ~retry,
             RESULTS.where(verdict.failed, verdict.why, why_failed(info)),
             RESULTS.successful,
         )
         result = RESULTS.where(c.phase == REPORT, c.result, result)
-        pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, c.pending)
+        pending = RESULTS.where(
+            exhausted & ~again & (c.phase == FIRST), RESULTS.adjoint_not_converged, c.pending
+        )
         estimate = jnp.where(verdict.swept, verdict.estimate, c.kept.estimate)
         # Until there is a hypergradient, the point itself is kept: it is what a failure is about.
         here = found.current._replace(grad=nowhere, estimate=inf)
         older = tree_where(c.sweeps < 0, here, c.kept._replace(estimate=estimate))
         kept = tree_where(verdict.takes_current, found.current, older)
+        kept = tree_where(again, c.kept, kept)
         # Back to the inner solver the adjoint is kept as a start, if it is one.
         usable = jnp.isfinite(found.current.adjoint_residual)
         old_adjoint = tree_where(retry & ~usable, zero_theta, c.adjoint)
-        seen = wanted & (info.num_matvecs > 0)
+        seen = wanted & ~again & (info.num_matvecs > 0)
         lowest = jnp.where(seen, jnp.minimum(c.curvature.lowest, info.curvature_min), c.curvature.lowest)
         highest = jnp.where(seen, jnp.maximum(c.curvature.highest, info.curvature_max), c.curvature.highest)
         return _Carry(
@@ -420,9 +427,9 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             phase=following.astype(jnp.int32),
             moved=retry | unreported | (moved & solve_theta),
             source=jnp.where(retry, INNER_NOW, c.source).astype(jnp.int32),
-            sweeps=jnp.where(retry, -1, verdict.sweeps),
+            sweeps=jnp.where(again, c.sweeps, jnp.where(retry, -1, verdict.sweeps)),
             polished=jnp.where(retry, 0, c.polished + (moved & (c.phase == POLISH)).astype(jnp.int32)),
-            change=jnp.where(retry, inf, jnp.where(verdict.swept, found.change, c.change)),
+            change=jnp.where(retry, inf, jnp.where(verdict.swept & ~again, found.change, c.change)),
             residual=found.current.inner_residual,
             step=jnp.where(retry, inf, jnp.where(moved & solve_theta, step, c.step)),
             linear_residual=jnp.where(moved & solve_theta, info.residual_norm, c.linear_residual),
@@ -435,27 +442,30 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             ).astype(dtype),
             counts=_Counts(
                 c.counts.matvecs + 1 + info.num_matvecs.astype(jnp.int32),
-                c.counts.sweeps + verdict.swept.astype(jnp.int32),
+                c.counts.sweeps + (verdict.swept & ~again).astype(jnp.int32),
                 c.counts.inner_steps,
+                c.counts.decades + info.decades,
             ),
             curvature=_Curvature(
                 jnp.where(
                     retry,
                     inf,
-                    jnp.minimum(c.curvature.ritz_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf)),
+                    jnp.minimum(
+                        c.curvature.ritz_min, jnp.where(~again & (info.ritz_min > 0), info.ritz_min, inf)
+                    ),
                 ),
                 lowest,
                 highest,
                 jnp.where(seen, highest / jnp.abs(lowest), c.curvature.condition),
             ),
-            recycled=None if info.recycled is None else forget_if(retry | far, info.recycled),
+            recycled=None if info.recycled is None else forget_if(retry | far | again, info.recycled),
             pending=RESULTS.where(retry, RESULTS.successful, pending),
             result=result,
         )
 
     def stay(c: _Carry) -> _Carry:
         theta, inner_steps = run_if(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
-        visit = _visit(task, theta, c.phase != POLISH)
+        visit = _visit(task, theta, (c.phase != POLISH) & (c.phase != DONE))
         source = jnp.where(c.source == INNER_NOW, INNER_DONE, c.source).astype(jnp.int32)
         here = c._replace(
             theta=theta,
@@ -469,20 +479,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     return _outcome(task, state, end)
 
 
-def _upkeep(state: State, end: _Carry, usable: Bool[Array, ""]) -> Recycled | None:
-    """The directions for the next call; none when they have ceased to help."""
-    if end.recycled is None:
-        return state.recycled
-    products, best = end.counts.matvecs, end.recycled.best
-    stale = state.warm & (products > 3 * (best // 2) + 10)
-    kept = Recycled(
-        end.recycled.directions,
-        end.recycled.products,
-        end.recycled.scale,
-        end.recycled.count,
-        jnp.where(state.warm, jnp.minimum(best, products), best),
-    )
-    return forget_if(stale | ~usable, kept)
+def _has_directions(recycled: Recycled | None) -> Bool[Array, ""]:
+    return jnp.asarray(False) if recycled is None else recycled.count > 0
 
 
 def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
@@ -502,6 +500,9 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         curvature_min=jnp.where(jnp.isfinite(curvature.lowest), curvature.lowest, nan),
         curvature_max=jnp.where(jnp.isfinite(curvature.highest), curvature.highest, nan),
     )
+    recycled = state.recycled
+    if end.recycled is not None:
+        recycled = maintain(end.recycled, end.counts.matvecs, end.counts.decades, state.warm, usable)
     trend = state.trend
     if trend is not None:
         before, after = (state.theta, state.adjoint), (end.theta, end.adjoint)
@@ -512,7 +513,7 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         curvature_min=curvature.ritz_min,
         warm=usable,
         trend=trend,
-        recycled=_upkeep(state, end, usable),
+        recycled=recycled,
         key=state.key,
     )
     return Outcome(kept.value, kept.grad, kept.theta, result, stats, new_state, no_influence)

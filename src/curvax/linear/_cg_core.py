@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from curvax._pytree import (
     tree_add,
     tree_axpy,
-    tree_dot,
     tree_dtype,
     tree_gram,
     tree_neg,
@@ -40,7 +39,8 @@ class CGInfo(NamedTuple):
     `curvature_min` and `curvature_max` are estimates of the extreme eigenvalues of the operator, or of the
     preconditioned operator where there is a preconditioner. Of the operator itself, `norm` is the largest ‖Ap‖/‖p‖ that
     was seen, `lowest` the estimate of its smallest eigenvalue, `rayleigh` the smallest Rayleigh quotient. `status` is
-    one of the codes above; RUNNING means that the budget was spent. `recycled` has the directions that were kept.
+    one of the codes above; RUNNING means that the budget was spent. `recycled` has the directions that were kept,
+    `decades` by how many powers of ten √(rᵀM⁻¹r) has fallen.
     """
 
     num_matvecs: Int[Array, ""]
@@ -54,6 +54,7 @@ class CGInfo(NamedTuple):
     rayleigh: Float[Array, ""]
     status: Int[Array, ""]
     recycled: Recycled | None
+    decades: Float[Array, ""]
 
     @property
     def converged(self) -> Bool[Array, ""]:
@@ -146,11 +147,12 @@ def conjugate_gradient(
     this asks for a relative error `rtol` of x. A test on the relative residual does not: in the prototypes the
     residual at 5 % forward error ran from 5e-2 down to 7e-7.
 
-    Under a preconditioner M⁻¹ the residual is measured by √(ν rᵀM⁻¹r) and λ̂min is μ̂ν, where μ̂ is the smallest Ritz
-    value of M⁻¹A and ν the smallest zᵀMz/zᵀz of the preconditioned residuals, an estimate of λmin(M): λmin(A) ≥ μν
-    holds for the true values. (Outside of the recycled directions M is I/scale, and ν is 1/scale.) The smallest
-    Rayleigh quotient of A that was seen bounds λ̂min from above. With M = I this is the test above, so
-    that the error is that of x in the 2-norm in every case.
+    Under a preconditioner M⁻¹ the bound is ‖e‖² ≤ (‖r‖ / ‖p‖)² rᵀM⁻¹r / (μ λmin), the norms those of M⁻¹ and M, and μ
+    the smallest eigenvalue of M⁻¹A. The test is (‖r‖ / ‖p‖) √(ν rᵀM⁻¹r) ≤ rtol · s · ‖x‖ with s ≤ λmin and s ≤ μν,
+    which is enough whatever ν is: s is the smallest of the Rayleigh quotients of A that were seen, of what
+    earlier runs have found, and of ν times the smallest Ritz value. ν is the smallest zᵀMz/zᵀz of the
+    preconditioned residuals, an estimate of λmin(M), and 1/scale for recycled directions. With M = I this is the
+    test above, so that the error is that of x in the 2-norm in every case.
 
     The recursive residual drifts from b − Ax. The drift is estimated as the loop runs (van der Vorst
     & Ye, "Residual replacement strategies for Krylov subspace iterative methods", 2000), counts in the
@@ -185,15 +187,23 @@ def conjugate_gradient(
     rhs_norm = tree_norm(rhs)
     plain = preconditioner is None and recycled is None
 
-    def preconditioned(vector: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
-        """M⁻¹ applied, and what the given preconditioner was applied to and made of it."""
-        if recycled is not None:
-            return deflated(recycled, preconditioner, vector)
-        z = vector if preconditioner is None else preconditioner(vector)
-        return z, vector, z
+    def preconditioned(vector: PyTree[Array]) -> tuple[PyTree[Array], Scalar, Scalar]:
+        """z = M⁻¹ r, rᵀz, and the zᵀMz/zᵀz of what the given preconditioner has seen.
 
-    z, _, _ = preconditioned(rhs)
-    gamma = rhs_norm * rhs_norm if plain else tree_dot(rhs, z)
+        Under recycled directions rᵀz is added up from terms that are not negative, not left of a cancellation.
+        """
+        if recycled is None:
+            z = vector if preconditioner is None else preconditioner(vector)
+            before, after, inside = vector, z, zero
+        else:
+            z, before, after, inside = deflated(recycled, preconditioner, vector)
+        ends: Any = sum(tree_gram(before, after))
+        energy, square = ends[0, 1], ends[1, 1]
+        return z, energy + inside, jnp.where(square > 0, energy / square, inf)
+
+    z, gamma = rhs, rhs_norm * rhs_norm
+    if not plain:
+        z, gamma, _ = preconditioned(rhs)
     # A preconditioner that is not positive definite shows as γ ≤ 0 with r ≠ 0.
     status = jnp.where(rhs_norm == 0, CONVERGED, jnp.where(gamma > 0, RUNNING, INDEFINITE))
     start = _Loop(
@@ -208,7 +218,7 @@ def conjugate_gradient(
         deviation=zero,
         ritz=_Ritz(zero, zero, zero, zero, zero),
         norm=zero,
-        rayleigh=inf,
+        rayleigh=inf if recycled is None else recycled.lowest,
         metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
         x_norm=zero,
         num_matvecs=jnp.zeros((), jnp.int32),
@@ -223,7 +233,7 @@ def conjugate_gradient(
         # One product serves both kinds of step, so that the compiler sees the operator once.
         product = matvec(tree_where(c.replace, c.x, c.p))
         directions: Any = sum(tree_gram(c.p, product))
-        p_dot_p, curvature, product_squared = directions[0, 0], directions[0, 1], directions[1, 1]
+        p_dot_p, curvature, product_squared = squares = directions[0, 0], directions[0, 1], directions[1, 1]
         norm = jnp.where(c.replace, c.norm, jnp.maximum(c.norm, jnp.sqrt(product_squared / p_dot_p)))
         advance = ~c.replace & (curvature > 0)
         alpha = jnp.where(advance, c.gamma / curvature, zero)
@@ -233,9 +243,12 @@ def conjugate_gradient(
         x = tree_axpy(alpha, c.p, c.x)
         # An ordinary step: r − αAp; a replacement: b − Ax.
         r = tree_axpy(jnp.where(c.replace, -1, -alpha), product, tree_where(c.replace, rhs, c.r))
-        z, before, after = preconditioned(r)
         total = x if reference is None else tree_add(reference, x)
-        vectors: Any = sum(tree_gram(x, r, rhs, total) if plain else tree_gram(x, r, rhs, total, z))
+        vectors: Any = sum(tree_gram(x, r, rhs, total))
+        z, gamma, metric = r, vectors[1, 1], c.metric
+        if not plain:
+            z, gamma, seen = preconditioned(r)
+            metric = metric if preconditioner is None else jnp.minimum(metric, seen)
         x_norm, residual_norm, total_norm = (jnp.sqrt(vectors[i, i]) for i in (0, 1, 3))
         x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
         own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
@@ -243,11 +256,6 @@ def conjugate_gradient(
         rayleigh = jnp.where(advance, jnp.minimum(c.rayleigh, witness), c.rayleigh)
         rounding = eps * (norm * x_norm + rhs_norm)
         deviation = jnp.where(c.replace, rounding, c.deviation + eps * (norm * x_norm + residual_norm))
-        gamma = vectors[1, 1] if plain else vectors[1, 4]
-        metric = c.metric
-        if preconditioner is not None:
-            ends: Any = sum(tree_gram(before, after))
-            metric = jnp.where(ends[1, 1] > 0, jnp.minimum(metric, ends[0, 1] / ends[1, 1]), metric)
         smallest = jnp.minimum(carried_min, jnp.minimum(rayleigh, metric / ritz.low))
 
         beta = jnp.where(advance, gamma / c.gamma, c.beta)
@@ -269,7 +277,8 @@ def conjugate_gradient(
         status = jnp.where(gamma < 0, INDEFINITE, status)
         # In a long run lost orthogonality pushes the Ritz value below the spectrum: a vector must bear it out.
         unseen = 1 / ritz.low <= floor_of_singular * ritz.high
-        status = jnp.where(unseen & (witness <= 6 * floor_of_singular * norm), SINGULAR, status)
+        borne_out = advance & (witness <= 6 * floor_of_singular * norm)
+        status = jnp.where(unseen & borne_out, SINGULAR, status)
         at_rounding = jnp.abs(curvature) <= floor_of_singular * norm * p_dot_p
         status = jnp.where(c.replace | advance, status, jnp.where(at_rounding, SINGULAR, INDEFINITE))
         status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
@@ -279,7 +288,7 @@ def conjugate_gradient(
             r=r,
             z=None if plain else z,
             p=p,
-            fresh=None if c.fresh is None else keep(c.fresh, advance, c.p, product, curvature),
+            fresh=None if c.fresh is None else keep(c.fresh, advance, c.p, product, squares),
             gamma=gamma,
             direction=direction,
             beta=beta,
@@ -295,6 +304,13 @@ def conjugate_gradient(
         )
 
     end = jax.lax.while_loop(unfinished, body, start)
+    lowest, highest = jnp.minimum(end.rayleigh, end.metric / end.ritz.low), end.norm
+    kept = None
+    if recycled is not None and end.fresh is not None:
+        # The Ritz values are those of A itself only where nothing was deflated.
+        own = (recycled.count == 0) & (preconditioner is None)
+        highest = jnp.maximum(recycled.highest, jnp.where(own, jnp.maximum(highest, end.ritz.high), highest))
+        kept = merged(recycled, end.fresh, lowest, highest)
     info = CGInfo(
         num_matvecs=end.num_matvecs,
         residual=end.r,
@@ -302,11 +318,12 @@ def conjugate_gradient(
         solution_norm=end.x_norm,
         curvature_min=1 / end.ritz.low,
         curvature_max=end.ritz.high,
-        norm=end.norm,
-        lowest=jnp.minimum(end.rayleigh, end.metric / end.ritz.low),
+        norm=highest,
+        lowest=lowest,
         rayleigh=end.rayleigh,
         status=end.status,
-        recycled=None if recycled is None or end.fresh is None else merged(recycled, end.fresh),
+        recycled=kept,
+        decades=0.5 * jnp.log10(jnp.where(end.gamma > 0, gamma / end.gamma, 1)),
     )
     return end.x, info
 

@@ -14,46 +14,75 @@ from curvax._pytree import tree_add, tree_dot, tree_dtype, tree_scale, tree_sub
 # A direction is kept when this share of its energy is new: what is left of one that is not is rounding and drift.
 MIN_NEW = 0.5
 
-# More products than any call needs, and no overflow near it.
-UNKNOWN = 2**28
+# A call whose products a decade are this many times those of the best one has outlived its directions.
+STALE = 1.5
+# Below so many decades of residual, over all its solves, a call says nothing of how well they go.
+FEWEST_DECADES = 3.0
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 class Recycled(eqx.Module):
-    """A-conjugate directions: uᵢᵀ A uⱼ ≈ δᵢⱼ and wᵢ = A uᵢ, in the first `count` of m slots.
+    """A-conjugate directions: uᵢᵀ A uⱼ ≈ δᵢⱼ and wᵢ = A uᵢ, in the first `count` of m slots, and what A was like.
 
     Attributes:
         directions: uᵢ; leaves of shape (m, *leaf.shape).
         products: wᵢ, likewise.
         scale: uᵀw / wᵀw of the last one, a guess of 1/λ where nothing is known of A.
+        lowest: Estimate of the smallest eigenvalue of A: later runs do not see what is deflated.
+        highest: Of the largest one.
+        least_effort: Fewest products a decade of residual that a call has needed with these directions.
         count: How many slots are taken.
-        best: Fewest products that a call has needed since the first direction was kept.
     """
 
     directions: PyTree[Array]
     products: PyTree[Array]
     scale: Float[Array, ""]
+    lowest: Float[Array, ""]
+    highest: Float[Array, ""]
+    least_effort: Float[Array, ""]
     count: Int[Array, ""]
-    best: Int[Array, ""]
 
 
 def nothing_recycled(like: PyTree[Array], capacity: int) -> Recycled:
     """Empty slots for vectors like `like`."""
     slots = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), like)
     one = jnp.ones((), tree_dtype(like))
-    return Recycled(slots, slots, one, jnp.zeros((), jnp.int32), jnp.asarray(UNKNOWN, jnp.int32))
+    return Recycled(slots, slots, one, one * jnp.inf, one * 0, one * jnp.inf, jnp.zeros((), jnp.int32))
 
 
 def forget_if(stale: Bool[Array, ""], kept: Recycled) -> Recycled:
     """No directions if `stale`, else those that are kept."""
+    inf = jnp.inf
     return Recycled(
         kept.directions,
         kept.products,
         jnp.where(stale, 1, kept.scale),
+        jnp.where(stale, inf, kept.lowest),
+        jnp.where(stale, 0, kept.highest),
+        jnp.where(stale, inf, kept.least_effort),
         jnp.where(stale, 0, kept.count),
-        jnp.where(stale, UNKNOWN, kept.best),
     )
+
+
+def maintain(
+    kept: Recycled, products: Int[Array, ""], decades: Scalar, warm: Bool[Array, ""], usable: Bool[Array, ""]
+) -> Recycled:
+    """The directions for the next call: none after a failure, or when they have ceased to help.
+
+    Args:
+        kept: Directions after the call.
+        products: Products that the call has spent.
+        decades: By how many powers of ten its solves have reduced their residuals, in all.
+        warm: Whether the call started from these directions, not from none.
+        usable: Whether it succeeded.
+    """
+    telling = warm & (decades >= FEWEST_DECADES)
+    spent = products.astype(decades.dtype) / jnp.where(telling, decades, 1)
+    effort = jnp.where(telling, spent, jnp.inf).astype(kept.scale.dtype)
+    stale = telling & (effort > STALE * kept.least_effort)
+    least = jnp.minimum(kept.least_effort, effort)
+    return forget_if(stale | ~usable, eqx.tree_at(lambda k: k.least_effort, kept, least))
 
 
 def _flat(slots: Array) -> Array:
@@ -101,8 +130,10 @@ def _in_use(slots: "Recycled | Fresh") -> Bool[Array, " m"]:
 
 def deflated(
     kept: Recycled, base: Callable[[PyTree[Array]], PyTree[Array]] | None, r: PyTree[Array]
-) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
-    """(I − UWᵀ) P (I − WUᵀ) r + UUᵀr, and what P was given and returned; P is `base`, or `scale` times the identity.
+) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array], Scalar]:
+    """z = (I − UWᵀ) P (I − WUᵀ) r + UUᵀr, what P was given and returned, and ‖Uᵀr‖².
+
+    P is `base`, or `scale` times the identity.
 
     Symmetric positive definite if P is, whatever the directions hold: with a nearby A it is only less effective. Where
     it is A itself, the span of U has the eigenvalue 1 and the rest those of PA. This is the inverse that L-BFGS builds
@@ -113,14 +144,15 @@ def deflated(
     rest = tree_sub(r, _mixed(inside, kept.products))
     outside = tree_scale(kept.scale, rest) if base is None else base(rest)
     weights = inside - _along(kept.products, outside, used)
-    return tree_add(outside, _mixed(weights, kept.directions)), rest, outside
+    z = tree_add(outside, _mixed(weights, kept.directions))
+    return z, rest, outside, jnp.sum(inside * inside)
 
 
 class Fresh(eqx.Module):
     """The first directions of a run, as they came: scaled to pᵀAp = 1, in the first `count` of their slots.
 
     They are written during the run and read after it: slots that are read and written in one loop would be copied in
-    every step.
+    every step. One slot more than is ever in use takes what is not kept.
     """
 
     directions: PyTree[Array]
@@ -130,25 +162,33 @@ class Fresh(eqx.Module):
 
 def no_fresh(like: PyTree[Array], kept: Recycled) -> Fresh:
     """Empty slots for one run, a third of what is kept."""
-    size = -(-_capacity(kept) // 3)
+    size = -(-_capacity(kept) // 3) + 1
     slots = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), like)
     return Fresh(slots, slots, jnp.zeros((), jnp.int32))
 
 
 def keep(
-    fresh: Fresh, usable: Bool[Array, ""], p: PyTree[Array], product: PyTree[Array], energy: Scalar
+    fresh: Fresh,
+    usable: Bool[Array, ""],
+    p: PyTree[Array],
+    product: PyTree[Array],
+    squares: tuple[Scalar, ...],
 ) -> Fresh:
-    """One more direction p with Ap and pᵀAp, while there is room."""
-    capacity = jax.tree.leaves(fresh.directions)[0].shape[0]
-    takes = usable & (fresh.count < capacity) & jnp.isfinite(energy)
-    weight = 1 / jnp.sqrt(jnp.where(takes, energy, 1))
-    slot = jnp.minimum(fresh.count, capacity - 1)
+    """One more direction p with Ap, while there is room; `squares` are pᵀp, pᵀAp and ‖Ap‖²."""
+    length, energy, stretch = squares
+    last = _capacity(fresh) - 1
+    # Far from overflow in every leaf: slots that are not in use are multiplied by zero, which no infinity survives.
+    limit = min(float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(p)) ** 0.5
+    bounded = (length < limit * energy) & (stretch < limit * energy)
+    takes = usable & bounded & (fresh.count < last)
+    weight = jnp.where(takes, jax.lax.rsqrt(jnp.where(takes, energy, 1)), 0)
+    slot = jnp.where(takes, fresh.count, last)
 
     def store(slots: PyTree[Array], vector: PyTree[Array]) -> PyTree[Array]:
         def leaf(array: Array, v: Array) -> Array:
-            old = jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
-            new = jnp.where(takes, weight.astype(v.dtype) * v, old)
-            return jax.lax.dynamic_update_index_in_dim(array, new, slot, 0)
+            # A direction that is not taken may hold infinities.
+            scaled = jnp.where(takes, (weight * v.astype(weight.dtype)).astype(v.dtype), 0)
+            return jax.lax.dynamic_update_index_in_dim(array, scaled, slot, 0)
 
         return jax.tree.map(leaf, slots, vector)
 
@@ -157,10 +197,12 @@ def keep(
     )
 
 
-def merged(kept: Recycled, fresh: Fresh) -> Recycled:
-    """The directions of a run added to those before it, while there is room for a whole run."""
-    room = kept.count + _capacity(fresh) <= _capacity(kept)
-    return run_if(room & (fresh.count > 0), lambda old: _merge(old, fresh), kept)
+def merged(kept: Recycled, fresh: Fresh, lowest: Scalar, highest: Scalar) -> Recycled:
+    """The directions of a run added to those before it, while there is room for all that a run may keep."""
+    room = kept.count + _capacity(fresh) - 1 <= _capacity(kept)
+    after = run_if(room & (fresh.count > 0), lambda old: _merge(old, fresh), kept)
+    ends = jnp.minimum(kept.lowest, lowest), jnp.maximum(kept.highest, highest)
+    return eqx.tree_at(lambda k: (k.lowest, k.highest), after, ends)
 
 
 def _merge(kept: Recycled, fresh: Fresh) -> Recycled:
@@ -178,17 +220,19 @@ def _merge(kept: Recycled, fresh: Fresh) -> Recycled:
     num_new = jnp.sum(new).astype(kept.count.dtype)
 
     def append(old: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
-        return jax.tree.map(
-            lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, kept.count, 0), old, _mixed(weights, added)
-        )
+        new = _mixed(weights[:-1], added)  # without the slot of what is not kept
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, kept.count, 0), old, new)
 
     last = jnp.maximum(fresh.count - 1, 0)
     final = jax.tree.map(lambda slots: slots[last], w)
     energy, square = energies[last, last], tree_dot(final, final)
+    scale = jnp.where((num_new > 0) & (energy > 0) & (square > 0), energy / square, kept.scale)
     return Recycled(
         append(kept.directions, u),
         append(kept.products, w),
-        jnp.where((num_new > 0) & (energy > 0) & (square > 0), energy / square, kept.scale).astype(dtype),
+        scale.astype(dtype),
+        kept.lowest,
+        kept.highest,
+        kept.least_effort,
         kept.count + num_new,
-        kept.best,
     )
