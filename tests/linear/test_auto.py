@@ -10,7 +10,7 @@ import pytest
 
 import curvax.operators as ops
 from curvax.linear import Auto, Method, Reason
-from curvax.linear._direct import factorise
+from curvax.operators._factorisation import factorise
 from helpers.dense import refined_solve
 from helpers.matrices import definite, hilbert, indefinite, kkt, rotation_and_decay, singular
 

@@ -103,8 +103,12 @@ def check_finite(**arguments: PyTree) -> None:
 
 
 def tolerances_as_arrays(item: Any) -> Any:
-    """Tolerances that are Python floats as (weakly typed) arrays, so that another value is no other program."""
+    """Tolerances that are Python floats as (weakly typed) arrays, so that another value is no other program.
+
+    No damping at all is another program: directions are recycled only without it.
+    """
     names = [n for n in ("rtol", "atol", "damping") if isinstance(getattr(item, n, None), float)]
+    names = [n for n in names if n != "damping" or item.damping != 0]
     if names:
         values = [jnp.asarray(getattr(item, name)) for name in names]
         item = eqx.tree_at(lambda x: [getattr(x, name) for name in names], item, values)

@@ -160,7 +160,7 @@ def hypergradient(
         rule: `cx.Implicit(...)` or `cx.Unrolled()`.
         inner_data: Third argument of the inner function: a pytree of arrays, or a sampler key -> batch.
         outer_data: The same for the outer function.
-        state: `hg.state` of an earlier call with the same shapes; cold where None.
+        state: `hg.state` of an earlier call with the same shapes; cold where None, and after a call that failed.
         key: Random key for samplers; where a state is given, its own key is used.
         throw: Raise when the result is not successful. With False the failure is in `result`, and `grad` is
             NaN where no hypergradient could be computed at all.
@@ -221,6 +221,8 @@ def hypergradient(
     if isinstance(failed, jax.core.Tracer):
         return _raise_if(failed, out)
     if bool(failed):
+        if bool(out.result == RESULTS.nonfinite):  # name the culprit, if it was given
+            check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
         raise RuntimeError(explain(out, no_influence))
     return out
 

@@ -153,6 +153,8 @@ def minimise(
     inner_solver, rule = tolerances_as_arrays(inner_solver), tolerances_as_arrays(rule)
     algorithm = HypergradientDescent(problem, inner_solver, rule, optimizer, phi_rest, theta0)
     constants = (algorithm, stopping, (inner_data, outer_data))
+    if state is not None:
+        _check_state(state, eqx.filter_eval_shape(initial, constants, phi, key))
     carry = initial(constants, phi, key) if state is None else revive(own(state))
     target_rows = max(1, int(carry.num_rows)) + num_steps
     with contextlib.ExitStack() as stack:
@@ -249,3 +251,22 @@ def _explain(solution: Solution, num_steps: int, checkpoint: Checkpoint | None) 
     if checkpoint is not None:
         text += f" The run up to there is kept in {checkpoint.directory}; the same call tries again from it."
     return text
+
+
+def _check_state(state: Carry, expected: Carry) -> None:
+    """A state goes on only with the kind of run that it came from."""
+
+    def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree.leaves_with_path(
+            eqx.filter(tree, lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct))
+        )
+        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    found, wanted = shapes(state), shapes(expected)
+    other = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if other:
+        raise ValueError(
+            "minimise: `state` belongs to a run with another `phi0`, `theta0`, `optimizer` or `rule` (its `recycle`, "
+            f"say): they differ in {', '.join(other[:3])}. Go on with what that run was given, or start with "
+            "`phi0=solution.phi` and no `state`."
+        )

@@ -74,7 +74,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         recycle: How many directions of the solves to keep, as a preconditioner for the solves that follow, in the
             same call and, through `state`, in the next: 2 · recycle vectors like theta, and 4 · recycle vector
             operations a product. None: up to 24 while they are at most 2^17 numbers (theta up to 21845). Only where
-            conjugate gradients solve and an estimate is made: not for roots, fixed points and `rtol=None`.
+            conjugate gradients solve, undamped, and an estimate is made: not for roots, fixed points, `rtol=None`.
 
     Raises:
         ValueError: A tolerance, the damping or the number of sweeps is out of range.
@@ -208,15 +208,18 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         stage, _ = self._stage(theta, symmetric)
         if isinstance(stage, DenseStage):
             return 0
+        # Of a damped solve the directions are those of another matrix.
+        undamped = isinstance(self.damping, int | float) and self.damping == 0
+        serves = stage.recycles and self.rtol is not None and undamped
         if self.recycle is not None:
-            if self.recycle and not (stage.recycles and self.rtol is not None):
+            if self.recycle and not serves:
                 raise ValueError(
-                    f"`recycle={self.recycle}` of `Implicit` needs an error estimate (`rtol` that is not None) and "
-                    "conjugate gradients: an inner minimum, not a root or a fixed point."
+                    f"`recycle={self.recycle}` of `Implicit` needs an error estimate (`rtol` that is not None), no "
+                    "`damping`, and conjugate gradients: an inner minimum, not a root or a fixed point."
                 )
             return self.recycle
         fitting = min(RECYCLED, RECYCLED_SIZE // max(tree_size(theta), 1))
-        return fitting if stage.recycles and self.rtol is not None and fitting >= FEWEST_RECYCLED else 0
+        return fitting if serves and fitting >= FEWEST_RECYCLED else 0
 
     def _stage(self, theta: PyTree[Array], symmetric: bool) -> tuple[AbstractStage, Any]:
         """How the solves are done, and the forward error that the user's own CG asks for."""

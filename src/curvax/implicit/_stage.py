@@ -34,7 +34,7 @@ from curvax.linear._cg_core import (
     conjugate_gradient,
     default_max_steps,
 )
-from curvax.linear._recycle import Recycled
+from curvax.linear._recycle import Recycled, outlived
 
 # Products that are spent on looking for negative curvature where nothing else has excited it.
 PROBE_STEPS = 10
@@ -105,6 +105,11 @@ class AbstractStage(eqx.Module):
         """Whether the directions of one solve help the next."""
         return False
 
+    def outlived(self, at: Linearised, recycled: Recycled, args: Any) -> Bool[Array, ""]:
+        """Whether the curvature has moved away from the directions; one product."""
+        del at, recycled, args
+        return jnp.asarray(False)
+
     @abc.abstractmethod
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """Solve, or return anything when not `request.wanted`."""
@@ -130,6 +135,11 @@ class ConjugateGradientStage(AbstractStage):
     def recycles(self) -> bool:
         """True."""
         return True
+
+    def outlived(self, at: Linearised, recycled: Recycled, args: Any) -> Bool[Array, ""]:
+        """As told by what the new curvature makes of the old directions."""
+        operator = resolve_preconditioner(self.preconditioner, *args)
+        return outlived(recycled, at.apply, None if operator is None else operator.mv)
 
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """One run of the loop."""
@@ -327,6 +337,10 @@ class CheckedStage(AbstractStage):
     def recycles(self) -> bool:
         """As the solver that checks."""
         return self.check.recycles
+
+    def outlived(self, at: Linearised, recycled: Recycled, args: Any) -> Bool[Array, ""]:
+        """As the solver that checks."""
+        return self.check.outlived(at, recycled, args)
 
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """One of the two, by what is solved for."""

@@ -45,7 +45,6 @@ from curvax.linear._recycle import Recycled, forget_if, maintain
 CORRECTION_RTOL = 0.2  # forward error of a correction: 0.3 was fooled in prototypes
 WARM_SWEEPS = 4  # sweeps that a warm start may spend before the inner solver is called
 MAX_NONLINEARITY = 10.0  # cap of the factor by which a Newton step outside its quadratic regime is mistrusted
-FAR = 0.1  # share of ‖θ‖ beyond which a step forgets the directions of earlier solves
 POLISH_TARGET = 0.7  # polishing ends when the error of θ is expected below this share of rtol
 
 # What a turn does. POLISH → POLISH | FIRST, FIRST → SWEEP_THETA, which judges and goes to SWEEP_ADJOINT and back.
@@ -379,10 +378,6 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         moved = wanted & ~broken & ~probing & ~again
         solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
 
-        # So long a step leads to another curvature, to which the directions of this one are a hindrance. (From a warm
-        # start they have a history to be judged by.)
-        long = info.solution_norm > FAR * found.theta_norm
-        far = moved & solve_theta & long & (c.source != WARM)
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
         step, size = info.solution_norm, found.theta_norm
         ratio = jnp.where(jnp.isfinite(c.step), (step / c.step) ** 2, step / jnp.maximum(size, step))
@@ -458,7 +453,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
                 highest,
                 jnp.where(seen, highest / jnp.abs(lowest), c.curvature.condition),
             ),
-            recycled=None if info.recycled is None else forget_if(retry | far | again, info.recycled),
+            recycled=None if info.recycled is None else forget_if(retry | again, info.recycled),
             pending=RESULTS.where(retry, RESULTS.successful, pending),
             result=result,
         )
@@ -467,10 +462,18 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         theta, inner_steps = run_if(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
         visit = _visit(task, theta, (c.phase != POLISH) & (c.phase != DONE))
         source = jnp.where(c.source == INNER_NOW, INNER_DONE, c.source).astype(jnp.int32)
+        recycled, matvecs = c.recycled, c.counts.matvecs
+        if c.recycled is not None:
+            held = c.recycled
+            args = task.rebuild(theta), task.args
+            asked = _has_directions(held) & (c.phase < REPORT)
+            stale = run_if(asked, lambda _: stage.outlived(visit.at, held, args), jnp.zeros_like(asked))
+            recycled, matvecs = forget_if(stale, held), matvecs + asked.astype(jnp.int32)
         here = c._replace(
             theta=theta,
             source=source,
-            counts=c.counts._replace(inner_steps=inner_steps),
+            recycled=recycled,
+            counts=c.counts._replace(inner_steps=inner_steps, matvecs=matvecs),
             moved=jnp.zeros_like(c.moved),
         )
         return jax.lax.while_loop(lambda c: ~c.moved & (c.phase != DONE), lambda c: turn(c, visit), here)

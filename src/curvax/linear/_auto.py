@@ -24,7 +24,6 @@ from curvax.linear._auto_stages import (
     stats_of,
 )
 from curvax.linear._cg_core import default_max_steps
-from curvax.linear._direct import Factorisation, factorise, written_out
 from curvax.linear._system import (
     check_square,
     check_tolerances,
@@ -36,6 +35,7 @@ from curvax.linear._system import (
     tolerance,
     transposed_options,
 )
+from curvax.operators._factorisation import Factorisation, factorise, written_out
 
 
 class _State(eqx.Module):

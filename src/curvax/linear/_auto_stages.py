@@ -9,11 +9,11 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
 from curvax._pytree import tree_add, tree_dtype, tree_neg, tree_norm, tree_sub, tree_where
 from curvax.linear._cg_core import INDEFINITE, SINGULAR, conjugate_gradient, negated
-from curvax.linear._direct import Factorisation, factorise, written_out
 from curvax.linear._gmres_core import gmres
 from curvax.linear._minres_core import minres
 from curvax.linear._system import MatVec
 from curvax.operators._dense import ravel, structure_of, unravel
+from curvax.operators._factorisation import Factorisation, factorise, written_out
 
 
 class Method(enum.IntEnum):

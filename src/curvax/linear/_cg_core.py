@@ -217,7 +217,7 @@ def conjugate_gradient(
         beta=zero,
         deviation=zero,
         ritz=_Ritz(zero, zero, zero, zero, zero),
-        norm=zero,
+        norm=zero if recycled is None else recycled.highest,
         rayleigh=inf if recycled is None else recycled.lowest,
         metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
         x_norm=zero,
@@ -309,8 +309,8 @@ def conjugate_gradient(
     if recycled is not None and end.fresh is not None:
         # The Ritz values are those of A itself only where nothing was deflated.
         own = (recycled.count == 0) & (preconditioner is None)
-        highest = jnp.maximum(recycled.highest, jnp.where(own, jnp.maximum(highest, end.ritz.high), highest))
-        kept = merged(recycled, end.fresh, lowest, highest)
+        highest = jnp.where(own, jnp.maximum(highest, end.ritz.high), highest)
+        kept = merged(recycled, end.fresh, lowest if preconditioner is None else end.rayleigh, highest)
     info = CGInfo(
         num_matvecs=end.num_matvecs,
         residual=end.r,
