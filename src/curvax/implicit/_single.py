@@ -55,6 +55,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         reference=start,
         curvature_min=jnp.where(state.warm, state.curvature_min.astype(dtype), inf),
         recycled=None,
+        moved=jnp.asarray(False),
     )
     x, info = stage.solve(at, request, (task.rebuild(theta), task.args))
     adjoint = tree_add(start, x)

@@ -1,6 +1,7 @@
 """One linear solve with the curvature, as the sweeps of the implicit rule need it."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -31,10 +32,11 @@ from curvax.linear._cg_core import (
     NONFINITE,
     RUNNING,
     SINGULAR,
+    CGInfo,
     conjugate_gradient,
     default_max_steps,
 )
-from curvax.linear._recycle import Recycled, outlived
+from curvax.linear._recycle import Recycled, forget_if, still_fits, trial
 
 # Products that are spent on looking for negative curvature where nothing else has excited it.
 PROBE_STEPS = 10
@@ -49,7 +51,8 @@ class StageInfo(NamedTuple):
 
     `residual_norm` is that of the undamped system at `reference + x`, ‖b + damping · reference − A x‖, or 0 where the
     stage does not know its error. `ritz_min` is what later solves are told of the smallest eigenvalue.
-    `decades` is by how many powers of ten the residual has fallen, where that is known.
+    `decades` is by how many powers of ten the residual has fallen, where that is known, `tried` whether the
+    recycled directions were put to the test.
     """
 
     num_matvecs: Int[Array, ""]
@@ -64,13 +67,15 @@ class StageInfo(NamedTuple):
     nonfinite: Bool[Array, ""]
     recycled: Recycled | None
     decades: Float[Array, ""]
+    tried: Bool[Array, ""]
 
 
 class Request(NamedTuple):
     """One solve: A x = b or Aᵀ x = b, plus `damping` on the diagonal, to a forward error `rtol` or `atol`.
 
     `reference` is what x will be added to when the error is to be relative to the sum (else zeros); `recycled` has the
-    directions of earlier solves.
+    directions of earlier solves, to be put to the test first where A has `moved`. Where `probing` a few steps look for
+    negative curvature.
     """
 
     rhs: PyTree[Array]
@@ -85,6 +90,7 @@ class Request(NamedTuple):
     reference: PyTree[Array]
     curvature_min: Scalar
     recycled: Recycled | None
+    moved: Bool[Array, ""]
 
 
 class AbstractStage(eqx.Module):
@@ -104,11 +110,6 @@ class AbstractStage(eqx.Module):
     def recycles(self) -> bool:
         """Whether the directions of one solve help the next."""
         return False
-
-    def outlived(self, at: Linearised, recycled: Recycled, args: Any) -> Bool[Array, ""]:
-        """Whether the curvature has moved away from the directions; one product."""
-        del at, recycled, args
-        return jnp.asarray(False)
 
     @abc.abstractmethod
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
@@ -136,39 +137,46 @@ class ConjugateGradientStage(AbstractStage):
         """True."""
         return True
 
-    def outlived(self, at: Linearised, recycled: Recycled, args: Any) -> Bool[Array, ""]:
-        """As told by what the new curvature makes of the old directions."""
-        operator = resolve_preconditioner(self.preconditioner, *args)
-        return outlived(recycled, at.apply, None if operator is None else operator.mv)
-
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
-        """One run of the loop."""
+        """One run of the loop; with recycled directions up to three."""
         theta, problem_args = args
         operator = resolve_preconditioner(self.preconditioner, theta, problem_args)
         budget = default_max_steps(tree_size(request.rhs)) if self.max_steps is None else self.max_steps
         steps = jnp.where(request.probing, PROBE_STEPS, budget)
-        x, info = conjugate_gradient(
-            lambda v: tree_axpy(request.damping, v, at.apply(v)),
-            request.rhs,
-            rtol=request.rtol,
-            atol=request.atol,
-            max_steps=jnp.where(request.wanted, steps, 0),
-            preconditioner=None if operator is None else operator.mv,
-            recycled=request.recycled,
-            reference=request.reference,
-            curvature_min=request.curvature_min,
-            amplified=request.amplified,
-        )
+
+        def run(
+            rhs: PyTree[Array], most: Array, recycled: Recycled | None, keeps: Any
+        ) -> tuple[PyTree, CGInfo]:
+            return conjugate_gradient(
+                lambda v: tree_axpy(request.damping, v, at.apply(v)),
+                rhs,
+                rtol=request.rtol,
+                atol=request.atol,
+                max_steps=jnp.where(request.wanted, most, 0),
+                preconditioner=None if operator is None else operator.mv,
+                recycled=recycled,
+                keeps=keeps,
+                reference=request.reference,
+                curvature_min=request.curvature_min,
+                amplified=request.amplified,
+            )
+
+        wanted, tried, decades = request.wanted, jnp.asarray(False), jnp.zeros_like(request.rtol)
+        if request.recycled is None:
+            x, info = run(request.rhs, steps, None, True)
+            products, recycled = info.num_matvecs, None
+        else:
+            tried = wanted & request.moved
+            x, info, recycled, products = _with_directions(run, request, steps, tried)
+            decades = jnp.where(wanted, info.decades, 0).astype(decades.dtype)
         # With a preconditioner the Ritz values are those of M⁻¹A.
         plain = operator is None and request.recycled is None
-        highest = info.curvature_max if plain else info.norm
-        wanted = request.wanted
         return x, StageInfo(
-            num_matvecs=info.num_matvecs,
+            num_matvecs=products,
             ritz_min=info.lowest,
             # A poor bound from below would make the estimate of the error a poor one too.
             curvature_min=info.lowest if operator is None else info.rayleigh,
-            curvature_max=highest,
+            curvature_max=info.curvature_max if plain else info.norm,
             solution_norm=info.solution_norm,
             residual_norm=tree_norm(
                 tree_axpy(request.damping, tree_add(request.reference, x), info.residual)
@@ -177,9 +185,45 @@ class ConjugateGradientStage(AbstractStage):
             indefinite=wanted & (info.status == INDEFINITE),
             exhausted=wanted & (info.status == RUNNING),
             nonfinite=wanted & (info.status == NONFINITE),
-            recycled=info.recycled,
-            decades=jnp.where(wanted, info.decades, 0),
+            recycled=recycled,
+            decades=decades,
+            tried=tried,
         )
+
+
+def _with_directions(
+    run: Callable[..., tuple[PyTree, CGInfo]], request: Request, steps: Array, tries: Bool[Array, ""]
+) -> tuple[PyTree[Array], Any, Recycled, Int[Array, ""]]:
+    """A trial of the directions if A has moved, the solve, and the solve without them if it failed.
+
+    All are turns of one loop, so that the compiler sees conjugate gradients once.
+    """
+    kept = request.recycled
+    assert kept is not None
+    like = jax.eval_shape(run, request.rhs, steps, kept, tries)
+    x, info = tree_zeros_like(like)
+    init = (
+        tries & (kept.count > 0),
+        jnp.asarray(True),
+        x,
+        info._replace(recycled=kept),
+        jnp.zeros((), jnp.int32),
+    )
+
+    def attempt(carry: Any) -> Any:
+        trying, _, _, before, products = carry
+        held = before.recycled
+        info: Any
+        rhs = tree_where(trying, trial(held), request.rhs)
+        x, info = run(rhs, jnp.where(trying, 1, steps), held, ~trying)
+        failed = (info.status >= SINGULAR) | ((info.status == RUNNING) & ~request.probing)
+        again = request.wanted & ~trying & failed & (held.count > 0)
+        outlived = trying & ~still_fits(info.decades, info.curvature_min)
+        info = info._replace(recycled=forget_if(again | outlived, info.recycled))
+        return jnp.zeros_like(trying), trying | again, x, info, products + info.num_matvecs
+
+    _, _, x, info, products = jax.lax.while_loop(lambda carry: carry[1], attempt, init)
+    return x, info, info.recycled, products
 
 
 class DenseStage(AbstractStage):
@@ -244,6 +288,7 @@ class DenseStage(AbstractStage):
             nonfinite=wanted & ~finite,
             recycled=request.recycled,
             decades=jnp.zeros_like(request.rtol),
+            tried=jnp.asarray(False),
         )
 
 
@@ -310,6 +355,7 @@ class LineaxStage(AbstractStage):
             nonfinite=request.wanted & ~flags[0] & ~finite,
             recycled=request.recycled,
             decades=jnp.zeros_like(request.rtol),
+            tried=jnp.asarray(False),
         )
 
 
@@ -337,10 +383,6 @@ class CheckedStage(AbstractStage):
     def recycles(self) -> bool:
         """As the solver that checks."""
         return self.check.recycles
-
-    def outlived(self, at: Linearised, recycled: Recycled, args: Any) -> Bool[Array, ""]:
-        """As the solver that checks."""
-        return self.check.outlived(at, recycled, args)
 
     def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
         """One of the two, by what is solved for."""

@@ -30,6 +30,7 @@ from curvax._pytree import (
     tree_generic_like,
     tree_gram,
     tree_neg,
+    tree_norm,
     tree_sub,
     tree_where,
     tree_zeros_like,
@@ -99,6 +100,7 @@ class _Carry(NamedTuple):
     kept: _Kept
     phase: Int[Array, ""]
     moved: Bool[Array, ""]  # θ is another one than the one that is visited
+    tried: Bool[Array, ""]  # the recycled directions were tried on the curvature of this visit
     source: Int[Array, ""]
     sweeps: Int[Array, ""]  # since the inner solve or the warm start; −1 before the first judgement
     polished: Int[Array, ""]
@@ -133,6 +135,7 @@ class _Evaluation(NamedTuple):
     change: Scalar
     cross: Scalar  # ‖Bᵀq‖
     finite: Bool[Array, ""]
+    products: Int[Array, ""]  # that it took
 
 
 class _Judgement(NamedTuple):
@@ -158,10 +161,15 @@ def _visit(task: Task, theta: PyTree[Array], needed: Bool[Array, ""]) -> _Visit:
     return _Visit(at, value, outer_theta, outer_phi)
 
 
-def _evaluate(visit: _Visit, theta: PyTree[Array], vector: PyTree[Array], kept: _Kept) -> _Evaluation:
-    """Take the hypergradient at the θ of the visit with the adjoint `vector`."""
+def _evaluate(
+    visit: _Visit, theta: PyTree[Array], vector: PyTree[Array], kept: _Kept, idle: Bool[Array, ""]
+) -> _Evaluation:
+    """Take the hypergradient at the θ of the visit with the adjoint `vector`; not where that is `idle`."""
     dtype, at = kept.norm.dtype, visit.at
-    product, cross = at.transposed(vector)
+    # Of a zero adjoint the products are known.
+    nothing = tree_zeros_like(jax.eval_shape(at.transposed, vector))
+    needed = ~idle & (tree_norm(vector) > 0)
+    product, cross = run_if(needed, lambda _: at.transposed(vector), nothing)
     grad, adjoint_residual = tree_sub(visit.outer_phi, cross), tree_sub(visit.outer_theta, product)
     residuals: Any = sum(tree_gram(at.residual, adjoint_residual, theta, vector, dtype=dtype))
     hyper: Any = sum(tree_gram(tree_sub(grad, kept.grad), cross, grad, dtype=dtype))
@@ -185,6 +193,7 @@ def _evaluate(visit: _Visit, theta: PyTree[Array], vector: PyTree[Array], kept: 
         change=change,
         cross=cross_norm,
         finite=jnp.isfinite(value + inner_norm + residual_norm + grad_norm),
+        products=needed.astype(jnp.int32),
     )
 
 
@@ -300,6 +309,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         kept=nothing,
         phase=jnp.where(state.warm, POLISH, after_inner).astype(jnp.int32),
         moved=jnp.asarray(True),
+        tried=jnp.asarray(False),
         source=jnp.where(state.warm, WARM, INNER_NOW).astype(jnp.int32),
         sweeps=_integer(-1),
         polished=_integer(0),
@@ -331,16 +341,17 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         rtol = jnp.where(verdict.judged, again, c.rtol)
         damping = jnp.where(correction, zero, accuracy.damping)
         adjoint_rhs = tree_axpy(-damping, c.adjoint, found.adjoint_residual)
+        rhs = tree_where(
+            verdict.probing, probe, tree_where(solve_theta, tree_neg(visit.at.residual), adjoint_rhs)
+        )
         request = Request(
-            rhs=tree_where(
-                verdict.probing, probe, tree_where(solve_theta, tree_neg(visit.at.residual), adjoint_rhs)
-            ),
+            rhs=rhs,
             wanted=wanted,
             transposed=~solve_theta,
             correction=correction,
             probing=verdict.probing,
             # In a judged sweep the error of d goes through A⁻¹ once more on its way into the hypergradient.
-            amplified=c.phase == SWEEP_THETA,
+            amplified=(c.phase == SWEEP_THETA) & ~verdict.probing,
             rtol=jnp.where(correction, rtol, accuracy.adjoint_rtol),
             # More than the goal of polishing would be wasted on it.
             atol=jnp.where(c.phase == POLISH, POLISH_TARGET * accuracy.rtol * found.theta_norm, 0),
@@ -349,6 +360,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             # What the call before has seen is a hint for a nearby curvature, and no more than that.
             curvature_min=jnp.minimum(c.curvature.ritz_min, jnp.where(c.source == WARM, known_min, inf)),
             recycled=c.recycled,
+            moved=~c.tried,
         )
         theta = found.current.theta
         x, info = stage.solve(visit.at, request, (task.rebuild(theta), task.args))
@@ -360,7 +372,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
 
     def turn(c: _Carry, visit: _Visit) -> _Carry:
         theta = c.theta
-        found = _evaluate(visit, theta, c.adjoint, c.kept)
+        found = _evaluate(visit, theta, c.adjoint, c.kept, c.phase == POLISH)
         verdict = _judge(c, found, stage, accuracy)
         # Under `vmap` a task that is done goes on turning with the others.
         probing = verdict.probing
@@ -368,14 +380,12 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         x, info, rtol = solve(c, visit, found, verdict, wanted)
 
         exhausted = wanted & ~probing & info.exhausted
-        # What fails under recycled directions is tried again without them: nothing but the directions changes.
         fails = wanted & (info.singular | info.indefinite | info.nonfinite | exhausted)
-        again = fails & _has_directions(c.recycled)
         # A spent budget on a correction leaves the hypergradient before it, but no estimate of its error.
-        broken = fails & ~again & ~(exhausted & (c.phase == FIRST))
+        broken = fails & ~(exhausted & (c.phase == FIRST))
         wrong = verdict.failed | broken
         retry = wrong & (c.source == WARM)
-        moved = wanted & ~broken & ~probing & ~again
+        moved = wanted & ~broken & ~probing
         solve_theta = (c.phase == POLISH) | (c.phase == SWEEP_THETA)
 
         # Newton's error after a step d: linear part η‖d‖, quadratic part ‖d‖·(‖d‖/‖d₋‖)².
@@ -393,26 +403,23 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         unreported = wrong & (c.phase == POLISH)
         following = jnp.where(verdict.accepted | wrong, jnp.where(unreported, REPORT, DONE), following)
         following = jnp.where(c.phase == REPORT, DONE, following)
-        following = jnp.where(again, c.phase, jnp.where(retry, after_inner, following))
+        following = jnp.where(retry, after_inner, following)
         result = RESULTS.where(
             wrong & ~retry,
             RESULTS.where(verdict.failed, verdict.why, why_failed(info)),
             RESULTS.successful,
         )
         result = RESULTS.where(c.phase == REPORT, c.result, result)
-        pending = RESULTS.where(
-            exhausted & ~again & (c.phase == FIRST), RESULTS.adjoint_not_converged, c.pending
-        )
+        pending = RESULTS.where(exhausted & (c.phase == FIRST), RESULTS.adjoint_not_converged, c.pending)
         estimate = jnp.where(verdict.swept, verdict.estimate, c.kept.estimate)
         # Until there is a hypergradient, the point itself is kept: it is what a failure is about.
         here = found.current._replace(grad=nowhere, estimate=inf)
         older = tree_where(c.sweeps < 0, here, c.kept._replace(estimate=estimate))
         kept = tree_where(verdict.takes_current, found.current, older)
-        kept = tree_where(again, c.kept, kept)
         # Back to the inner solver the adjoint is kept as a start, if it is one.
         usable = jnp.isfinite(found.current.adjoint_residual)
         old_adjoint = tree_where(retry & ~usable, zero_theta, c.adjoint)
-        seen = wanted & ~again & (info.num_matvecs > 0)
+        seen = wanted & (info.num_matvecs > 0)
         lowest = jnp.where(seen, jnp.minimum(c.curvature.lowest, info.curvature_min), c.curvature.lowest)
         highest = jnp.where(seen, jnp.maximum(c.curvature.highest, info.curvature_max), c.curvature.highest)
         return _Carry(
@@ -421,10 +428,11 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             kept=tree_where(retry, nothing, kept),
             phase=following.astype(jnp.int32),
             moved=retry | unreported | (moved & solve_theta),
+            tried=c.tried | info.tried,
             source=jnp.where(retry, INNER_NOW, c.source).astype(jnp.int32),
-            sweeps=jnp.where(again, c.sweeps, jnp.where(retry, -1, verdict.sweeps)),
+            sweeps=jnp.where(retry, -1, verdict.sweeps),
             polished=jnp.where(retry, 0, c.polished + (moved & (c.phase == POLISH)).astype(jnp.int32)),
-            change=jnp.where(retry, inf, jnp.where(verdict.swept & ~again, found.change, c.change)),
+            change=jnp.where(retry, inf, jnp.where(verdict.swept, found.change, c.change)),
             residual=found.current.inner_residual,
             step=jnp.where(retry, inf, jnp.where(moved & solve_theta, step, c.step)),
             linear_residual=jnp.where(moved & solve_theta, info.residual_norm, c.linear_residual),
@@ -436,8 +444,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
                 ),
             ).astype(dtype),
             counts=_Counts(
-                c.counts.matvecs + 1 + info.num_matvecs.astype(jnp.int32),
-                c.counts.sweeps + (verdict.swept & ~again).astype(jnp.int32),
+                c.counts.matvecs + found.products + info.num_matvecs.astype(jnp.int32),
+                c.counts.sweeps + verdict.swept.astype(jnp.int32),
                 c.counts.inner_steps,
                 c.counts.decades + info.decades,
             ),
@@ -445,15 +453,13 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
                 jnp.where(
                     retry,
                     inf,
-                    jnp.minimum(
-                        c.curvature.ritz_min, jnp.where(~again & (info.ritz_min > 0), info.ritz_min, inf)
-                    ),
+                    jnp.minimum(c.curvature.ritz_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf)),
                 ),
                 lowest,
                 highest,
                 jnp.where(seen, highest / jnp.abs(lowest), c.curvature.condition),
             ),
-            recycled=None if info.recycled is None else forget_if(retry | again, info.recycled),
+            recycled=None if info.recycled is None else forget_if(retry, info.recycled),
             pending=RESULTS.where(retry, RESULTS.successful, pending),
             result=result,
         )
@@ -462,28 +468,17 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         theta, inner_steps = run_if(c.source == INNER_NOW, inner, (c.theta, c.counts.inner_steps))
         visit = _visit(task, theta, (c.phase != POLISH) & (c.phase != DONE))
         source = jnp.where(c.source == INNER_NOW, INNER_DONE, c.source).astype(jnp.int32)
-        recycled, matvecs = c.recycled, c.counts.matvecs
-        if c.recycled is not None:
-            held = c.recycled
-            args = task.rebuild(theta), task.args
-            asked = _has_directions(held) & (c.phase < REPORT)
-            stale = run_if(asked, lambda _: stage.outlived(visit.at, held, args), jnp.zeros_like(asked))
-            recycled, matvecs = forget_if(stale, held), matvecs + asked.astype(jnp.int32)
         here = c._replace(
             theta=theta,
             source=source,
-            recycled=recycled,
-            counts=c.counts._replace(inner_steps=inner_steps, matvecs=matvecs),
+            counts=c.counts._replace(inner_steps=inner_steps),
             moved=jnp.zeros_like(c.moved),
+            tried=jnp.zeros_like(c.tried),
         )
         return jax.lax.while_loop(lambda c: ~c.moved & (c.phase != DONE), lambda c: turn(c, visit), here)
 
     end = jax.lax.while_loop(lambda c: c.phase != DONE, stay, init)
     return _outcome(task, state, end)
-
-
-def _has_directions(recycled: Recycled | None) -> Bool[Array, ""]:
-    return jnp.asarray(False) if recycled is None else recycled.count > 0
 
 
 def _outcome(task: Task, state: State, end: _Carry) -> Outcome:

@@ -40,7 +40,7 @@ class CGInfo(NamedTuple):
     preconditioned operator where there is a preconditioner. Of the operator itself, `norm` is the largest ‖Ap‖/‖p‖ that
     was seen, `lowest` the estimate of its smallest eigenvalue, `rayleigh` the smallest Rayleigh quotient. `status` is
     one of the codes above; RUNNING means that the budget was spent. `recycled` has the directions that were kept,
-    `decades` by how many powers of ten √(rᵀM⁻¹r) has fallen.
+    `decades` by how many powers of ten √(rᵀM⁻¹r) has fallen where directions are recycled.
     """
 
     num_matvecs: Int[Array, ""]
@@ -54,7 +54,7 @@ class CGInfo(NamedTuple):
     rayleigh: Float[Array, ""]
     status: Int[Array, ""]
     recycled: Recycled | None
-    decades: Float[Array, ""]
+    decades: Float[Array, ""] | None
 
     @property
     def converged(self) -> Bool[Array, ""]:
@@ -135,6 +135,7 @@ def conjugate_gradient(
     max_steps: Int[Array, ""] | int,
     preconditioner: MatVec | None = None,
     recycled: Recycled | None = None,
+    keeps: Bool[Array, ""] | bool = True,
     reference: PyTree[Array] | None = None,
     curvature_min: Scalar | None = None,
     amplified: Bool[Array, ""] | bool = False,
@@ -166,6 +167,7 @@ def conjugate_gradient(
         max_steps: Budget of products with A.
         preconditioner: r ↦ M⁻¹ r, symmetric positive definite.
         recycled: Directions of earlier runs: they precondition this one, which adds its own while there is room.
+        keeps: Whether it does.
         reference: A start q: x is then the correction to it and the error is relative to ‖q + x‖.
             `rhs` must already be b − A q.
         curvature_min: Smallest eigenvalue of A known from earlier solves with a nearby operator: a
@@ -253,7 +255,9 @@ def conjugate_gradient(
         x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
         own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
         witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, inf))
-        rayleigh = jnp.where(advance, jnp.minimum(c.rayleigh, witness), c.rayleigh)
+        rayleigh = c.rayleigh
+        if not plain:
+            rayleigh = jnp.where(advance, jnp.minimum(c.rayleigh, witness), c.rayleigh)
         rounding = eps * (norm * x_norm + rhs_norm)
         deviation = jnp.where(c.replace, rounding, c.deviation + eps * (norm * x_norm + residual_norm))
         smallest = jnp.minimum(carried_min, jnp.minimum(rayleigh, metric / ritz.low))
@@ -288,7 +292,7 @@ def conjugate_gradient(
             r=r,
             z=None if plain else z,
             p=p,
-            fresh=None if c.fresh is None else keep(c.fresh, advance, c.p, product, squares),
+            fresh=None if c.fresh is None else keep(c.fresh, advance & keeps, c.p, product, squares),
             gamma=gamma,
             direction=direction,
             beta=beta,
@@ -323,7 +327,7 @@ def conjugate_gradient(
         rayleigh=end.rayleigh,
         status=end.status,
         recycled=kept,
-        decades=0.5 * jnp.log10(jnp.where(end.gamma > 0, gamma / end.gamma, 1)),
+        decades=None if recycled is None else 0.5 * jnp.log10(gamma / end.gamma),
     )
     return end.x, info
 

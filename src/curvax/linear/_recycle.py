@@ -14,9 +14,6 @@ from curvax._pytree import tree_add, tree_dot, tree_dtype, tree_scale, tree_sub
 # A direction is kept when this share of its energy is new: what is left of one that is not is rounding and drift.
 MIN_NEW = 0.5
 
-# Directions are dropped where A has changed so much: the mean square of M^(−1/2)(AU − W), whose columns have length 1
-# where A is another matrix altogether of the same size.
-MAX_MISMATCH = 0.2
 # A call whose products a decade are this many times those of the best one has outlived its directions.
 STALE = 1.5
 # Below so many decades of residual, over all its solves, a call says nothing of how well they go.
@@ -68,25 +65,27 @@ def forget_if(stale: Bool[Array, ""], kept: Recycled) -> Recycled:
     )
 
 
-def outlived(
-    kept: Recycled,
-    matvec: Callable[[PyTree[Array]], PyTree[Array]],
-    base: Callable[[PyTree[Array]], PyTree[Array]] | None,
-) -> Bool[Array, ""]:
-    """Whether A has moved away from the directions, for one product with it.
+def trial(kept: Recycled) -> PyTree[Array]:
+    """Wc for signs c: the right-hand side that A U c is, as long as A is what it was on the span of U.
 
-    d = (AU − W)c for signs c is zero where A is still the same on the span of U, and ‖Wc‖² = ‖c‖² in the norm of M⁻¹.
-    Were W wrong, M⁻¹A could have eigenvalues that no Ritz value finds in time, and the stopping test would
-    believe a solution that is not one.
+    M⁻¹Wc = Uc, so that the first direction of conjugate gradients is Uc, and its residual is Wc − αAUc: zero, with
+    α = 1, if A has not moved. Were W wrong, M⁻¹A could have eigenvalues that no Ritz value finds in time, and the
+    stopping test would believe a solution that is not one.
     """
-    used = _in_use(kept)
     bits = (jnp.arange(_capacity(kept), dtype=jnp.uint32) * jnp.uint32(2654435769)) >> 31
-    signs = jnp.where(used, jnp.where(bits == 1, 1, -1), 0).astype(kept.scale.dtype)
-    moved = tree_sub(matvec(_mixed(signs, kept.directions)), _mixed(signs, kept.products))
-    _, rest, outside, inside = deflated(kept, base, moved)
-    mismatch = tree_dot(rest, outside) + inside
-    # Written so that NaN counts as a mismatch.
-    return ~(mismatch <= MAX_MISMATCH**2 * kept.count.astype(mismatch.dtype))
+    signs = jnp.where(_in_use(kept), jnp.where(bits == 1, 1, -1), 0).astype(kept.scale.dtype)
+    return _mixed(signs, kept.products)
+
+
+def still_fits(decades: Scalar, ritz: Scalar) -> Bool[Array, ""]:
+    """Whether one step of conjugate gradients on `trial` says that A has not moved too far.
+
+    Args:
+        decades: By how many powers of ten √(rᵀM⁻¹r) has fallen: to a fifth or less.
+        ritz: Ritz value of that step, 1/α.
+    """
+    # NaN fits nothing.
+    return (decades >= 0.7) & (ritz >= 0.5) & (ritz <= 2)
 
 
 def maintain(
