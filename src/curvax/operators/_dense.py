@@ -78,7 +78,8 @@ def dense_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "rows colu
         return ravel(applied.mv(unravel(basis, structure)), dtype)
 
     lines = jax.lax.map(product, jnp.arange(min(rows, columns)), batch_size=_CHUNK)
-    return lines if by_rows else lines.T
+    # XLA's CPU compiler (JAX 0.10) fails where an FFT feeds a factorisation directly.
+    return jax.lax.optimization_barrier(lines if by_rows else lines.T)
 
 
 def matrix_free_diagonal(operator: lx.AbstractLinearOperator) -> Float[Array, " n"]:
