@@ -241,6 +241,9 @@ def test_room_is_bounded_by_default():
     assert capacity(640, cx.Implicit()) == 24
     assert 0 < capacity(16384, cx.Implicit()) < 24
     assert capacity(1_000_000, cx.Implicit()) == 0
+    own = lx.DiagonalLinearOperator(jnp.ones(640))
+    assert capacity(640, cx.Implicit(preconditioner=own)) == 0
+    assert capacity(640, cx.Implicit(preconditioner=own, recycle=8)) == 8
     assert capacity(1_000_000, cx.Implicit(recycle=2)) == 2
     assert capacity(640, cx.Implicit(rtol=None)) == 0  # one solve, nothing to hand on
     assert capacity(640, cx.Implicit(linear_solver=lx.CG(1e-6, 1e-6))) == 24  # for the solves that judge

@@ -75,6 +75,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             same call and, through `state`, in the next: 2 · recycle vectors like theta, and 4 · recycle vector
             operations a product. None: up to 24 while they are at most 2^17 numbers (theta up to 21845). Only where
             conjugate gradients solve, undamped, and an estimate is made: not for roots, fixed points, `rtol=None`.
+            With a `preconditioner` of your own none by default.
 
     Raises:
         ValueError: A tolerance, the damping or the number of sweeps is out of range.
@@ -219,7 +220,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
                 )
             return self.recycle
         fitting = min(RECYCLED, RECYCLED_SIZE // max(tree_size(theta), 1))
-        return fitting if serves and fitting >= FEWEST_RECYCLED else 0
+        return fitting if serves and self.preconditioner is None and fitting >= FEWEST_RECYCLED else 0
 
     def _stage(self, theta: PyTree[Array], symmetric: bool) -> tuple[AbstractStage, Any]:
         """How the solves are done, and the forward error that the user's own CG asks for."""
