@@ -27,7 +27,7 @@ import curvax as cx
 
 NUM_STEPS = 60
 REPEATS = 7
-IMAGES = 700  # for steps of 5 to 10 ms on two cores
+IMAGES = 1000  # for steps of 5 to 10 ms on two cores
 PROBLEM = cx.Bilevel(inner=problems.inner, outer=problems.outer)
 OPTIMIZER = optax.adam(0.05)
 SOLVER = optx.LBFGS(rtol=1e-3, atol=1e-3)
