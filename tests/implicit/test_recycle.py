@@ -214,6 +214,31 @@ def test_driver_recycles_and_refuses_the_state_of_another_rule(rotation):
         cx.minimise(PROBLEM, jnp.zeros(N), jnp.zeros(N), rule=rule, state=solution.state, **method)
 
 
+def test_saddle_that_only_deflation_shows(rng):
+    """Ten steps of plain CG see nothing but the large eigenvalues; with these deflated the negative one shows."""
+    values = np.r_[-2.0, np.linspace(3.0, 6.0, N - 16), np.geomspace(100.0, 1e4, 15)]
+    basis = jnp.asarray(np.linalg.qr(rng.normal(size=(N, N)))[0])
+    # No right-hand side of the problem has a component along the first direction.
+    start = basis[:, 1:] @ jnp.asarray(rng.normal(size=N - 1))
+
+    def inner(w, phi, _):
+        v = basis.T @ w
+        return (
+            0.5 * jnp.sum(jnp.asarray(values) * v**2) - start @ w + 0.5 * jnp.exp(phi) * jnp.sum(v[1:] ** 2)
+        )
+
+    problem = cx.Bilevel(inner=inner, outer=lambda w, phi, _: 0.5 * jnp.sum((basis.T @ w)[1:] ** 2))
+    hg = cx.hypergradient(
+        problem,
+        jnp.array(-2.0),
+        jnp.zeros(N),
+        inner_solver=cx.Steps(optax.sgd(1e-4), 50),
+        rule=cx.Implicit(rtol=1e-4, max_sweeps=6),
+        throw=False,
+    )
+    assert hg.result == cx.RESULTS.indefinite_curvature
+
+
 def test_vmap_over_tasks(rotation):
     phis = jnp.stack([jnp.zeros(N), jnp.full(N, 0.5)])
     rule = cx.Implicit(rtol=1e-6, max_sweeps=6)

@@ -35,11 +35,14 @@ from curvax.linear._cg_core import (
     CGInfo,
     conjugate_gradient,
     default_max_steps,
+    no_info,
 )
 from curvax.linear._recycle import Recycled, forget_if, still_fits, trial
 
 # Products that are spent on looking for negative curvature where nothing else has excited it.
 PROBE_STEPS = 10
+# What one solve counts at most as progress.
+MOST_DECADES = 20.0
 # Up to here a matrix is formed and decomposed: beyond it conjugate gradients win for symmetric ones; for the others
 # there is nothing that knows its error, which is worth more than the time of a decomposition.
 DENSE_SIZE = 32
@@ -168,7 +171,9 @@ class ConjugateGradientStage(AbstractStage):
         else:
             tried = wanted & request.moved
             x, info, recycled, products = _with_directions(run, request, steps, tried)
-            decades = jnp.where(wanted, info.decades, 0).astype(decades.dtype)
+            # A residual of zero, or none to begin with, says nothing of how hard the solve was.
+            telling = wanted & (info.decades > 0)
+            decades = jnp.where(telling, jnp.minimum(info.decades, MOST_DECADES), 0).astype(decades.dtype)
         # With a preconditioner the Ritz values are those of M⁻¹A.
         plain = operator is None and request.recycled is None
         return x, StageInfo(
@@ -193,20 +198,18 @@ class ConjugateGradientStage(AbstractStage):
 
 def _with_directions(
     run: Callable[..., tuple[PyTree, CGInfo]], request: Request, steps: Array, tries: Bool[Array, ""]
-) -> tuple[PyTree[Array], Any, Recycled, Int[Array, ""]]:
+) -> tuple[PyTree[Array], CGInfo, Any, Int[Array, ""]]:
     """A trial of the directions if A has moved, the solve, and the solve without them if it failed.
 
     All are turns of one loop, so that the compiler sees conjugate gradients once.
     """
     kept = request.recycled
     assert kept is not None
-    like = jax.eval_shape(run, request.rhs, steps, kept, tries)
-    x, info = tree_zeros_like(like)
     init = (
         tries & (kept.count > 0),
         jnp.asarray(True),
-        x,
-        info._replace(recycled=kept),
+        tree_zeros_like(request.rhs),
+        no_info(request.rhs, kept),
         jnp.zeros((), jnp.int32),
     )
 
@@ -216,7 +219,9 @@ def _with_directions(
         info: Any
         rhs = tree_where(trying, trial(held), request.rhs)
         x, info = run(rhs, jnp.where(trying, 1, steps), held, ~trying)
-        failed = (info.status >= SINGULAR) | ((info.status == RUNNING) & ~request.probing)
+        # Negative curvature has a witness, whatever the directions: it is not looked for again.
+        spent = (info.status == RUNNING) & ~request.probing
+        failed = (info.status == SINGULAR) | (info.status == NONFINITE) | spent
         again = request.wanted & ~trying & failed & (held.count > 0)
         outlived = trying & ~still_fits(info.decades, info.curvature_min)
         info = info._replace(recycled=forget_if(again | outlived, info.recycled))

@@ -155,8 +155,14 @@ def _visit(task: Task, theta: PyTree[Array], needed: Bool[Array, ""]) -> _Visit:
     """Linearise at θ; the outer loss and its gradients only if `needed`, zeros otherwise."""
     at = task.condition.linearise(theta, task.phi, task.inner_batch)
     value_and_grad = jax.value_and_grad(task.outer, argnums=(0, 1))
-    compute = lambda _: value_and_grad(theta, task.phi, task.outer_batch)  # noqa: E731
-    nothing = tree_zeros_like(jax.eval_shape(compute, None))
+    dtype = tree_dtype((theta, task.phi))
+
+    def compute(_: Any) -> tuple[Scalar, tuple[PyTree[Array], PyTree[Array]]]:
+        value, gradients = value_and_grad(theta, task.phi, task.outer_batch)
+        return value.astype(dtype), gradients
+
+    # Written out: to ask `eval_shape` for it would trace the outer loss twice.
+    nothing = jnp.zeros((), dtype), tree_zeros_like((theta, task.phi))
     value, (outer_theta, outer_phi) = run_if(needed, compute, nothing)
     return _Visit(at, value, outer_theta, outer_phi)
 
@@ -167,7 +173,7 @@ def _evaluate(
     """Take the hypergradient at the θ of the visit with the adjoint `vector`; not where that is `idle`."""
     dtype, at = kept.norm.dtype, visit.at
     # Of a zero adjoint the products are known.
-    nothing = tree_zeros_like(jax.eval_shape(at.transposed, vector))
+    nothing = tree_zeros_like((vector, visit.outer_phi))
     needed = ~idle & (tree_norm(vector) > 0)
     product, cross = run_if(needed, lambda _: at.transposed(vector), nothing)
     grad, adjoint_residual = tree_sub(visit.outer_phi, cross), tree_sub(visit.outer_theta, product)
@@ -175,7 +181,7 @@ def _evaluate(
     hyper: Any = sum(tree_gram(tree_sub(grad, kept.grad), cross, grad, dtype=dtype))
     inner_norm, residual_norm, theta_norm, adjoint_norm = (jnp.sqrt(residuals[i, i]) for i in range(4))
     change, cross_norm, grad_norm = (jnp.sqrt(hyper[i, i]) for i in range(3))
-    value = visit.value.astype(inner_norm.dtype)
+    value = visit.value
     current = _Kept(
         value=value,
         grad=grad,

@@ -40,7 +40,7 @@ class CGInfo(NamedTuple):
     preconditioned operator where there is a preconditioner. Of the operator itself, `norm` is the largest ‖Ap‖/‖p‖ that
     was seen, `lowest` the estimate of its smallest eigenvalue, `rayleigh` the smallest Rayleigh quotient. `status` is
     one of the codes above; RUNNING means that the budget was spent. `recycled` has the directions that were kept,
-    `decades` by how many powers of ten √(rᵀM⁻¹r) has fallen where directions are recycled.
+    `decades` by how many powers of ten √(rᵀM⁻¹r) has fallen, 0 where nothing is recycled.
     """
 
     num_matvecs: Int[Array, ""]
@@ -54,12 +54,18 @@ class CGInfo(NamedTuple):
     rayleigh: Float[Array, ""]
     status: Int[Array, ""]
     recycled: Recycled | None
-    decades: Float[Array, ""] | None
+    decades: Float[Array, ""]
 
     @property
     def converged(self) -> Bool[Array, ""]:
         """Solved, as far as the precision allows."""
         return (self.status == CONVERGED) | (self.status == PRECISION_LIMITED)
+
+
+def no_info(rhs: PyTree[Array], recycled: Recycled) -> CGInfo:
+    """Of the structure of what a run with these directions learns, and nothing learnt."""
+    zero, none = jnp.zeros((), tree_dtype(rhs)), jnp.zeros((), jnp.int32)
+    return CGInfo(none, tree_zeros_like(rhs), zero, zero, zero, zero, zero, zero, zero, none, recycled, zero)
 
 
 class _Ritz(NamedTuple):
@@ -327,7 +333,7 @@ def conjugate_gradient(
         rayleigh=end.rayleigh,
         status=end.status,
         recycled=kept,
-        decades=None if recycled is None else 0.5 * jnp.log10(gamma / end.gamma),
+        decades=zero if recycled is None else 0.5 * jnp.log10(gamma / end.gamma),
     )
     return end.x, info
 
