@@ -102,16 +102,20 @@ def tree_all_finite(x: PyTree[Array]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
-def tree_generic_like(x: PyTree) -> PyTree[Array]:
-    """A fixed vector in general position, entries in (-0.5, 0.5), of the shapes and dtypes of `x`.
+def tree_generic_like(x: PyTree, *, another: bool = False) -> PyTree[Array]:
+    """A fixed vector in general position, entries in (-0.5, 0.5), of the shapes and dtypes of `x`; or `another` one.
 
     Multiplicative hashing of the index (Knuth): where any generic vector will do, this compiles in a fraction of
-    the time of a random generator.
+    the time of a random generator. The other one is mixed further, so that the two have nothing in common.
     """
 
     def leaf(array: Array, offset: int) -> Array:
         index = jax.lax.iota(jnp.uint32, array.size) + jnp.uint32(offset + 1)
-        return ((index * jnp.uint32(2654435769) >> 8).astype(array.dtype) / 2**24 - 0.5).reshape(array.shape)
+        bits = index * jnp.uint32(2654435769)
+        if another:
+            bits = (bits ^ (bits >> 15)) * jnp.uint32(2246822507)
+            bits = (bits ^ (bits >> 13)) * jnp.uint32(3266489909)
+        return ((bits >> 8).astype(array.dtype) / 2**24 - 0.5).reshape(array.shape)
 
     leaves, structure = jax.tree.flatten(x)
     offsets = [sum(other.size for other in leaves[:i]) % 2**31 for i in range(len(leaves))]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from curvax._contractions import with_fast_contractions
 from curvax._pytree import tree_sub
 
 
@@ -75,7 +76,9 @@ class Minimum(AbstractCondition):
         # H is symmetric: the transposed program computes the same product, and on CPU it is the faster one for
         # wide layers (its last contraction needs no transposed copy of the data).
         hessian = jax.linear_transpose(lambda v: products(v)[0], theta)
-        return Linearised(residual, lambda v: hessian(v)[0], products)
+        return Linearised(
+            residual, with_fast_contractions(lambda v: hessian(v)[0]), with_fast_contractions(products)
+        )
 
     def cross(
         self, theta: PyTree[Array], phi: PyTree[Array], batch: PyTree, vector: PyTree[Array]
@@ -100,7 +103,7 @@ class _Equation(AbstractCondition):
         """Forward products by `jax.linearize`, transposed ones by `jax.vjp` in both arguments."""
         residual, apply = jax.linearize(lambda point: self.residual(point, phi, batch), theta)
         _, transposed = jax.vjp(lambda point, hyper: self.residual(point, hyper, batch), theta, phi)
-        return Linearised(residual, apply, transposed)
+        return Linearised(residual, with_fast_contractions(apply), with_fast_contractions(transposed))
 
     def cross(
         self, theta: PyTree[Array], phi: PyTree[Array], batch: PyTree, vector: PyTree[Array]

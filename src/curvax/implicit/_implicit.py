@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._pytree import tree_dtype, tree_size
 from curvax.implicit._adjoint import implicit_solution, while_loop
+from curvax.implicit._progress import Accuracy
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.implicit._single import run_single
 from curvax.implicit._stage import (
@@ -23,7 +24,7 @@ from curvax.implicit._stage import (
     DenseStage,
     LineaxStage,
 )
-from curvax.implicit._sweeps import Accuracy, run_sweeps
+from curvax.implicit._sweeps import run_sweeps
 from curvax.linear import CG, Auto
 
 # The rewrite functions of these modules are gradients: their Jacobians are Hessians.
@@ -160,7 +161,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         symmetric = lx.symmetric_tag in tags or lx.positive_semidefinite_tag in tags
         if symmetric:
             return CG(rtol=tolerance)
-        return Auto(rtol=jnp.maximum(tolerance * 1e-3, 100 * jnp.finfo(dtype).eps), atol=0.0)
+        return Auto(rtol=jnp.maximum(tolerance * 1e-3, 100 * jnp.finfo(dtype).eps), atol=0.0, probe=False)
 
     @staticmethod
     def args_of(inputs: tuple) -> Any:
@@ -246,4 +247,6 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         if own is not None:
             return own, None
         tolerance = jnp.finfo(tree_dtype(theta)).eps ** 0.5
-        return LineaxStage(Auto(rtol=float(tolerance), atol=0.0), self.preconditioner, False), None
+        return LineaxStage(
+            Auto(rtol=float(tolerance), atol=0.0, probe=False), self.preconditioner, False
+        ), None

@@ -20,9 +20,9 @@ from curvax._pytree import (
 )
 from curvax._results import RESULTS
 from curvax.implicit._influence import without_influence
+from curvax.implicit._progress import Accuracy
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.implicit._stage import AbstractStage, Request, why_failed
-from curvax.implicit._sweeps import Accuracy
 
 
 def _nan_where(bad: Array, tree: PyTree[Array]) -> PyTree[Array]:

@@ -27,16 +27,8 @@ from curvax._pytree import (
 )
 from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
-from curvax.linear._cg_core import (
-    INDEFINITE,
-    NONFINITE,
-    RUNNING,
-    SINGULAR,
-    CGInfo,
-    conjugate_gradient,
-    default_max_steps,
-    no_info,
-)
+from curvax.linear._cg_core import CGInfo, conjugate_gradient, default_max_steps, no_info
+from curvax.linear._cg_scalars import INDEFINITE, NONFINITE, RUNNING, SINGULAR
 from curvax.linear._recycle import Recycled, forget_if, still_fits, trial
 
 # Products that are spent on looking for negative curvature where nothing else has excited it.

@@ -1,5 +1,6 @@
 """The solver that looks at the operator, and says what it did."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from curvax.linear._auto_stages import (
     Progress,
     Reason,
     begin,
+    bicgstab_stage,
     by_factors,
     cg_stage,
     gmres_stage,
@@ -22,25 +24,30 @@ from curvax.linear._auto_stages import (
     minres_stage,
     sign_of,
     stats_of,
+    structured_stage,
 )
 from curvax.linear._cg_core import default_max_steps
 from curvax.linear._system import (
+    MatVec,
     check_square,
     check_tolerances,
     conjugated_options,
     final_result,
     is_symmetric,
+    looks_symmetric,
     preconditioner_of,
     start_and_residual,
     tolerance,
     transposed_options,
 )
+from curvax.operators._direct import structured_inverse
 from curvax.operators._factorisation import Factorisation, factorise, written_out
 
 
 class _State(eqx.Module):
     operator: lx.AbstractLinearOperator
     factorisation: Factorisation | None
+    inverse: lx.AbstractLinearOperator | None
 
 
 class Auto(lx.AbstractLinearSolver[_State]):
@@ -48,15 +55,20 @@ class Auto(lx.AbstractLinearSolver[_State]):
 
     | size n | tagged | first | then | then |
     |---|---|---|---|---|
+    | any, A has a structure | | its inverse, refined | then as below | |
     | ≤ `dense_size` | definite | Cholesky | LU | |
     | ≤ `dense_size` | otherwise | LU | | |
     | larger | definite | CG | MINRES | LU |
     | larger | symmetric | MINRES | LU | |
-    | larger | neither | GMRES(`restart`) | GMRES(4 · `restart`) | LU |
+    | larger | neither, and looks symmetric | MINRES | then as below | |
+    | larger | neither | GMRES(`restart`) | GMRES(4 · `restart`) | LU, or BiCGSTAB |
 
-    The last LU writes the matrix out and runs up to n = `fallback_size` only. Each stage starts from the best
-    iterate so far. A stage that is not needed costs nothing at run time, under `vmap` too (it costs compile
-    time). Kept in mind from the theory: CG is right only for a definite A; small or ill-conditioned systems
+    A structure is that of `curvax.operators`' own (Kronecker, low rank plus diagonal, blocks, circulant, Toeplitz, and
+    damped ones of these), or a diagonal, tridiagonal or triangular matrix; not one whose parts are known through
+    products alone. "Looks symmetric" means uᵀAv = vᵀAu up to rounding for two generic vectors, two products. The last
+    LU writes the matrix out and runs up to n = `fallback_size` only; above that BiCGSTAB takes its place. Each stage
+    starts from the best iterate so far. One that is not needed costs nothing at run time, under `vmap` too (it costs
+    compile time). Kept in mind from the theory: CG is right only for a definite A; small or ill-conditioned systems
     are for factorisations.
 
     Success means ‖b − Ax‖ ≤ atol + rtol · ‖b‖ for the true residual, and that A is not singular to working
@@ -72,7 +84,7 @@ class Auto(lx.AbstractLinearSolver[_State]):
     `condition` (estimate, 0 where there is none).
 
     Results: `lineax.RESULTS.singular`, `max_steps_reached`, `breakdown` (CG met negative curvature and nothing
-    after it succeeded), `stagnation` (rounding keeps the residual above the tolerance).
+    after it succeeded, or a tag is false), `stagnation` (rounding keeps the residual above the tolerance).
 
     Args:
         rtol: Tolerance relative to ‖b‖, at least 0; not both tolerances may be 0.
@@ -81,6 +93,10 @@ class Auto(lx.AbstractLinearSolver[_State]):
         dense_size: Largest size for which the matrix is written out at once, n products. 0 for never.
         fallback_size: Largest size for which it is written out after iterative methods failed. 0 for never.
         restart: Length of the Krylov space of GMRES.
+        probe: Whether an operator without tags is asked if it looks symmetric; not where it is factorised, or where a
+            preconditioner is given that is not tagged definite.
+        check_tags: Whether a tag of symmetry is put to the same question, at two products, before iterative methods
+            rely on it: `breakdown` with `Reason.not_symmetric` if it is false. For debugging.
 
     Raises:
         ValueError: The operator is not square, or an option or argument does not fit.
@@ -107,6 +123,8 @@ class Auto(lx.AbstractLinearSolver[_State]):
     dense_size: int = eqx.field(default=128, kw_only=True)
     fallback_size: int = eqx.field(default=2048, kw_only=True)
     restart: int = eqx.field(default=30, kw_only=True)
+    probe: bool = eqx.field(default=True, kw_only=True)
+    check_tags: bool = eqx.field(default=False, kw_only=True)
 
     def __check_init__(self) -> None:
         check_tolerances("Auto", self.rtol, self.atol, self.max_steps)
@@ -122,9 +140,10 @@ class Auto(lx.AbstractLinearSolver[_State]):
         """Choose; factorise a small operator, linearise a large one."""
         del options
         check_square("Auto", operator)
-        if 0 < operator.in_size() <= self.dense_size:
-            return _State(operator, factorise(written_out(operator), sign_of(operator)))
-        return _State(lx.linearise(operator), None)
+        inverse = structured_inverse(operator) if operator.in_size() > 0 else None
+        if inverse is None and 0 < operator.in_size() <= self.dense_size:
+            return _State(operator, factorise(written_out(operator), sign_of(operator)), None)
+        return _State(lx.linearise(operator), None, inverse)
 
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
@@ -137,14 +156,15 @@ class Auto(lx.AbstractLinearSolver[_State]):
         if state.factorisation is not None:
             end = by_factors(state.factorisation, vector)
         else:
-            end = self._iterate(state.operator, vector, target, options)
-        converged = (end.residual_norm <= target) & ~end.singular & tree_all_finite(end.x)
+            end = self._iterate(state.operator, state.inverse, vector, target, options)
         failure = end.failure
+        usable = ~end.singular & (failure != Reason.not_symmetric) & tree_all_finite(end.x)
+        converged = (end.residual_norm <= target) & usable
         result = final_result(
             converged,
             (
                 (end.singular | ~jnp.isfinite(end.residual_norm), lx.RESULTS.singular),
-                (failure == Reason.indefinite, lx.RESULTS.breakdown),
+                ((failure == Reason.indefinite) | (failure == Reason.not_symmetric), lx.RESULTS.breakdown),
                 (failure == Reason.budget, lx.RESULTS.max_steps_reached),
             ),
             lx.RESULTS.stagnation,
@@ -154,55 +174,91 @@ class Auto(lx.AbstractLinearSolver[_State]):
     def _iterate(
         self,
         operator: lx.AbstractLinearOperator,
+        inverse: lx.AbstractLinearOperator | None,
         vector: PyTree[Array],
         target: Scalar,
         options: dict[str, Any],
     ) -> Progress:
         size = tree_size(vector)
         budget = default_max_steps(size) if self.max_steps is None else self.max_steps
-        precondition = preconditioner_of("Auto", operator, options)
-        symmetric = is_symmetric(operator)
-        if symmetric and precondition is not None and not is_symmetric(options["preconditioner"]):
+        given, symmetric = options.get("preconditioner"), is_symmetric(operator)
+        if symmetric and isinstance(given, lx.AbstractLinearOperator) and not is_symmetric(given):
             raise ValueError(
                 "`options['preconditioner']` of `Auto` must be tagged `lx.positive_semidefinite_tag` for a "
                 "symmetric operator: CG and MINRES need a symmetric positive definite preconditioner."
             )
-        stages: list[Callable[[Progress], Progress]] = []
-        if sign_of(operator):
-            stages.append(lambda p: cg_stage(operator, vector, p, target, budget, precondition))
-        if symmetric:
-            stages.append(lambda p: minres_stage(operator.mv, vector, p, target, budget, precondition))
-        else:
-            stages.append(
-                lambda p: gmres_stage(
-                    operator.mv, vector, p, target, budget, precondition, self.restart, Method.gmres
-                )
-            )
-            if size > self.restart:
-                long = 4 * self.restart
-                stages.append(
-                    lambda p: gmres_stage(
-                        operator.mv, vector, p, target, budget, precondition, long, Method.gmres_long
-                    )
-                )
         progress = begin(*start_and_residual(operator.mv, vector, options))
+        trusted = jnp.asarray(True)
+        if symmetric and self.check_tags:
+            trusted = looks_symmetric(operator.mv, vector)
+            progress = progress._replace(num_matvecs=progress.num_matvecs + 2)
+        stages = self._stages(operator, inverse, vector, target, budget, options)
         for stage in stages:
-            progress = run_if(~(progress.residual_norm <= target) & ~progress.singular, stage, progress)
+            needed = trusted & ~(progress.residual_norm <= target) & ~progress.singular
+            progress = run_if(needed, stage, progress)
         if size <= self.fallback_size:
-            needed = (~(progress.residual_norm <= target) | progress.singular) & jnp.isfinite(
-                progress.residual_norm
-            )
+            unsolved = ~(progress.residual_norm <= target) | progress.singular
+            needed = trusted & unsolved & jnp.isfinite(progress.residual_norm)
             progress = run_if(needed, lambda p: lu_stage(operator, vector, p), progress)
-        return progress
+        lied = jnp.asarray(int(Reason.not_symmetric), progress.failure.dtype)
+        return progress._replace(failure=jnp.where(trusted, progress.failure, lied))
+
+    def _stages(
+        self,
+        operator: lx.AbstractLinearOperator,
+        inverse: lx.AbstractLinearOperator | None,
+        vector: PyTree[Array],
+        target: Scalar,
+        budget: int,
+        options: dict[str, Any],
+    ) -> list[Callable[[Progress], Progress]]:
+        """What is tried, in this order, before the matrix is written out."""
+        apply, given = operator.mv, options.get("preconditioner")
+        budgeted = (target, budget, preconditioner_of("Auto", operator, options))
+        minres = ft.partial(minres_stage, apply, vector)
+        stages: list[Callable[[Progress], Progress]] = []
+        if inverse is not None:
+            stages.append(lambda p: structured_stage(operator, inverse, vector, p, target))
+        if sign_of(operator):
+            stages.append(lambda p: cg_stage(operator, vector, p, *budgeted))
+        if is_symmetric(operator):
+            return [*stages, lambda p: minres(p, *budgeted)]
+        if self.probe and (given is None or is_symmetric(given)):
+
+            def if_symmetric(p: Progress) -> Progress:
+                asked = p._replace(num_matvecs=p.num_matvecs + 2)
+                return run_if(looks_symmetric(apply, vector), lambda p: minres(p, *budgeted), asked)
+
+            stages.append(if_symmetric)
+        size = tree_size(vector)
+        for length, method in ((self.restart, Method.gmres), (4 * self.restart, Method.gmres_long)):
+            if method == Method.gmres or size > self.restart:
+                stages.append(ft.partial(self._gmres, apply, vector, budgeted, length, method))
+        if size > self.fallback_size:
+            stages.append(lambda p: bicgstab_stage(apply, vector, p, target, budget, given))
+        return stages
+
+    def _gmres(
+        self,
+        apply: MatVec,
+        vector: PyTree[Array],
+        budgeted: tuple[Scalar, int, MatVec | None],
+        length: int,
+        method: Method,
+        progress: Progress,
+    ) -> Progress:
+        return gmres_stage(apply, vector, progress, *budgeted, length, method)
 
     def transpose(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
         """The factors are read the other way; the operator is transposed."""
         factorisation = None if state.factorisation is None else state.factorisation.transpose()
-        return _State(state.operator.transpose(), factorisation), transposed_options(options)
+        inverse = None if state.inverse is None else state.inverse.transpose()
+        return _State(state.operator.transpose(), factorisation, inverse), transposed_options(options)
 
     def conj(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
         """Real operators are their own conjugates."""
-        return _State(lx.conj(state.operator), state.factorisation), conjugated_options(options)
+        same = _State(lx.conj(state.operator), state.factorisation, state.inverse)
+        return same, conjugated_options(options)
 
     def assume_full_rank(self) -> bool:
         """A singular operator is a failure."""

@@ -3,12 +3,14 @@
 import enum
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from curvax._pytree import tree_add, tree_dtype, tree_neg, tree_norm, tree_sub, tree_where
-from curvax.linear._cg_core import INDEFINITE, SINGULAR, conjugate_gradient, negated
+from curvax._pytree import tree_add, tree_dtype, tree_neg, tree_norm, tree_size, tree_sub, tree_where
+from curvax.linear._cg_core import conjugate_gradient, negated
+from curvax.linear._cg_scalars import INDEFINITE, SINGULAR
 from curvax.linear._gmres_core import gmres
 from curvax.linear._minres_core import minres
 from curvax.linear._system import MatVec
@@ -27,6 +29,8 @@ class Method(enum.IntEnum):
     gmres = 5
     gmres_long = 6  # with four times the restart length
     lu_fallback = 7
+    structured = 8  # the inverse that the structure of the operator gives
+    bicgstab = 9
 
 
 class Reason(enum.IntEnum):
@@ -37,6 +41,7 @@ class Reason(enum.IntEnum):
     singular = 2  # singular to working precision
     stalled = 3  # no further progress, or rounding level above the tolerance
     budget = 4  # out of steps
+    not_symmetric = 5  # tagged symmetric, and a probe has shown that it is not
 
 
 class Progress(NamedTuple):
@@ -94,6 +99,26 @@ def by_factors(f: Factorisation, vector: PyTree[Array]) -> Progress:
         singular=_is_singular(f) & (tree_norm(vector) > 0),
         condition=1 / f.rcond,
     )
+
+
+def structured_stage(
+    operator: lx.AbstractLinearOperator,
+    inverse: lx.AbstractLinearOperator,
+    vector: PyTree[Array],
+    p: Progress,
+    target: Scalar,
+) -> Progress:
+    """The inverse of the structure, refined while that halves the residual."""
+
+    def refine(carry: tuple[Progress, Bool[Array, ""]]) -> tuple[Progress, Bool[Array, ""]]:
+        before, _ = carry
+        x = tree_add(before.x, inverse.mv(before.r))
+        after = _improved(before, x, tree_sub(vector, operator.mv(x)), jnp.asarray(1), Method.structured)
+        halved = after.residual_norm <= 0.5 * before.residual_norm
+        return after._replace(reason=p.failure), halved & ~(after.residual_norm <= target)
+
+    after, _ = jax.lax.while_loop(lambda carry: carry[1], refine, (p, jnp.asarray(True)))
+    return after._replace(failure=_failure(p, jnp.asarray(False), jnp.asarray(False)))
 
 
 def _is_singular(f: Factorisation) -> Bool[Array, ""]:
@@ -188,6 +213,26 @@ def gmres_stage(
     )
     failure = _failure(p, jnp.asarray(False), info.num_matvecs >= budget)
     return _improved(p, x, r, info.num_matvecs, method)._replace(failure=failure)
+
+
+def bicgstab_stage(
+    matvec: MatVec,
+    vector: PyTree[Array],
+    p: Progress,
+    target: Scalar,
+    budget: int,
+    precondition: lx.AbstractLinearOperator | None,
+) -> Progress:
+    """Lineax's stabilised biconjugate gradients: no long recurrence to restart, and no guarantee."""
+    operator = lx.FunctionLinearOperator(matvec, structure_of(vector))
+    # Its test is on the largest entry.
+    solver = lx.BiCGStab(rtol=0.0, atol=target / tree_size(vector) ** 0.5, max_steps=budget // 2)
+    options = {} if precondition is None else {"preconditioner": precondition}
+    solution = lx.linear_solve(operator, p.r, solver, options=options, throw=False)
+    x = tree_add(p.x, solution.value)
+    steps = 2 * jnp.asarray(solution.stats["num_steps"]) + 2
+    after = _improved(p, x, tree_sub(vector, matvec(x)), steps.astype(p.num_matvecs.dtype), Method.bicgstab)
+    return after._replace(failure=_failure(p, jnp.asarray(False), steps >= budget))
 
 
 def lu_stage(operator: lx.AbstractLinearOperator, vector: PyTree[Array], p: Progress) -> Progress:

@@ -8,15 +8,8 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from curvax._pytree import stop_gradient, tree_neg, tree_size, tree_sub, tree_zeros_like
-from curvax.linear._cg_core import (
-    INDEFINITE,
-    NONFINITE,
-    PRECISION_LIMITED,
-    SINGULAR,
-    conjugate_gradient,
-    default_max_steps,
-    negated,
-)
+from curvax.linear._cg_core import conjugate_gradient, default_max_steps, negated
+from curvax.linear._cg_scalars import INDEFINITE, NONFINITE, PRECISION_LIMITED, SINGULAR
 
 _State: TypeAlias = tuple[lx.AbstractLinearOperator, bool]
 

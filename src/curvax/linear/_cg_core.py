@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from curvax._control import Packed, in_one_kernel, pack
 from curvax._pytree import (
     tree_add,
     tree_axpy,
@@ -24,13 +25,21 @@ from curvax._pytree import (
     tree_where,
     tree_zeros_like,
 )
+from curvax.linear._cg_scalars import (
+    CONVERGED,
+    INDEFINITE,
+    NONFINITE,
+    PRECISION_LIMITED,
+    RUNNING,
+    Ritz,
+    Scalars,
+    Test,
+    after_step,
+    step_length,
+)
 from curvax.linear._recycle import Fresh, Recycled, deflated, keep, merged, no_fresh
 
 MatVec = Callable[[PyTree[Array]], PyTree[Array]]
-
-
-# How a run stands. Everything above RUNNING stops the loop.
-RUNNING, CONVERGED, PRECISION_LIMITED, SINGULAR, INDEFINITE, NONFINITE = range(6)
 
 
 class CGInfo(NamedTuple):
@@ -68,63 +77,13 @@ def no_info(rhs: PyTree[Array], recycled: Recycled) -> CGInfo:
     return CGInfo(none, tree_zeros_like(rhs), zero, zero, zero, zero, zero, zero, zero, none, recycled, zero)
 
 
-class _Ritz(NamedTuple):
-    """Incremental estimates of the extreme eigenvalues of the Lanczos matrix T = LLᵀ.
-
-    L is the bidiagonal Cholesky factor that CG's coefficients spell out: diagonal ν = 1/√α, subdiagonal
-    ℓ = √(β/α₋). `low` estimates ‖L⁻¹‖² = 1/λmin: the top eigenvalue of a 2×2 matrix a step (after Meurant & Tichý,
-    "Approximating the extreme Ritz values and upper bounds for the A-norm of the error in CG", 2018, derived anew
-    for the lower end). `high` is the largest row of T seen, diagonal plus one off-diagonal entry: within
-    a factor of 2 of λmax.
-    """
-
-    low: Scalar  # ‖uᵀL⁻¹‖² for the current best unit vector u
-    overlap: Scalar  # uᵀ L⁻¹ L⁻ᵀ e_k
-    last_row: Scalar  # ‖e_kᵀ L⁻¹‖²
-    high: Scalar
-    inverse_alpha: Scalar  # 1/α of the last step
-
-
 class _Loop(NamedTuple):
     x: PyTree[Array]
     r: PyTree[Array]
     z: PyTree[Array] | None  # M⁻¹ r, where there is a preconditioner
     p: PyTree[Array]
     fresh: Fresh | None
-    gamma: Scalar  # rᵀ M⁻¹ r
-    direction: Scalar  # pᵀ M p
-    beta: Scalar
-    deviation: Scalar  # estimate of ‖(b − Ax) − r‖, the drift of the recursive residual
-    ritz: _Ritz
-    norm: Scalar
-    rayleigh: Scalar  # smallest pᵀAp/pᵀp and xᵀAx/xᵀx
-    metric: Scalar  # smallest zᵀMz/zᵀz
-    x_norm: Scalar
-    num_matvecs: Int[Array, ""]
-    replace: Bool[Array, ""]
-    status: Int[Array, ""]
-
-
-def _top_eigenpair(a: Array, b: Array, d: Array) -> tuple[Array, Array, Array]:
-    """Largest eigenvalue of [[a, b], [b, d]] and its unit eigenvector (s, c)."""
-    half = 0.5 * (a - d)
-    radius = jnp.sqrt(half * half + b * b)
-    top = 0.5 * (a + d) + radius
-    # Two formulas for the same vector: take the one without cancellation.
-    s = jnp.where(a >= d, half + radius, b)
-    c = jnp.where(a >= d, b, radius - half)
-    length = jnp.sqrt(s * s + c * c)
-    safe = jnp.where(length > 0, length, 1)
-    return top, jnp.where(length > 0, s / safe, 1.0), c / safe
-
-
-def _update_ritz(ritz: _Ritz, alpha: Scalar, beta: Scalar) -> _Ritz:
-    ratio_squared = beta * ritz.inverse_alpha * alpha  # (ℓ/ν)²
-    tau = -jnp.sqrt(ratio_squared) * ritz.overlap
-    omega = ratio_squared * ritz.last_row + alpha
-    low, s, c = _top_eigenpair(ritz.low, tau, omega)
-    row = 1 / alpha + (beta + jnp.sqrt(beta)) * ritz.inverse_alpha
-    return _Ritz(low, s * tau + c * omega, omega, jnp.maximum(ritz.high, row), 1 / alpha)
+    packed: Packed[Scalars]
 
 
 def default_max_steps(size: int) -> int:
@@ -187,12 +146,18 @@ def conjugate_gradient(
     Cost: one product with A a step, five vector updates, four inner products (five preconditioned).
     """
     dtype = tree_dtype(rhs)
-    eps = jnp.asarray(jnp.finfo(dtype).eps, dtype)
-    floor_of_singular = jnp.asarray(max(tree_size(rhs), 4) ** 0.5, dtype) * eps
-    rtol, atol = jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype)
     inf, zero, one = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
-    carried_min = inf if curvature_min is None else curvature_min.astype(dtype)
     rhs_norm = tree_norm(rhs)
+    test = pack(
+        Test(
+            rtol=jnp.asarray(rtol, dtype),
+            atol=jnp.asarray(atol, dtype),
+            rhs_norm=rhs_norm,
+            known_min=inf if curvature_min is None else curvature_min.astype(dtype),
+            amplified=jnp.asarray(amplified),
+            floor_of_singular=jnp.asarray(max(tree_size(rhs), 4) ** 0.5 * jnp.finfo(dtype).eps, dtype),
+        )
+    )
     plain = preconditioner is None and recycled is None
 
     def preconditioned(vector: PyTree[Array]) -> tuple[PyTree[Array], Scalar, Scalar]:
@@ -220,111 +185,71 @@ def conjugate_gradient(
         z=None if plain else z,
         p=z,
         fresh=None if recycled is None else no_fresh(rhs, recycled),
-        gamma=gamma,
-        direction=gamma,
-        beta=zero,
-        deviation=zero,
-        ritz=_Ritz(zero, zero, zero, zero, zero),
-        norm=zero if recycled is None else recycled.highest,
-        rayleigh=inf if recycled is None else recycled.lowest,
-        metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
-        x_norm=zero,
-        num_matvecs=jnp.zeros((), jnp.int32),
-        replace=jnp.asarray(False),
-        status=jnp.where(jnp.isfinite(rhs_norm + gamma), status, NONFINITE).astype(jnp.int32),
+        packed=pack(
+            Scalars(
+                gamma=gamma,
+                direction=gamma,
+                beta=zero,
+                deviation=zero,
+                ritz=Ritz(zero, zero, zero, zero, zero),
+                norm=zero if recycled is None else recycled.highest,
+                rayleigh=inf if recycled is None else recycled.lowest,
+                metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
+                x_norm=zero,
+                num_matvecs=jnp.zeros((), jnp.int32),
+                replace=jnp.asarray(False),
+                status=jnp.where(jnp.isfinite(rhs_norm + gamma), status, NONFINITE).astype(jnp.int32),
+            )
+        ),
     )
 
     def unfinished(c: _Loop) -> Bool[Array, ""]:
-        return (c.status == RUNNING) & (c.num_matvecs < max_steps)
+        scalars = c.packed.tree
+        return (scalars.status == RUNNING) & (scalars.num_matvecs < max_steps)
 
     def body(c: _Loop) -> _Loop:
+        replace = c.packed.tree.replace
         # One product serves both kinds of step, so that the compiler sees the operator once.
-        product = matvec(tree_where(c.replace, c.x, c.p))
-        directions: Any = sum(tree_gram(c.p, product))
-        p_dot_p, curvature, product_squared = squares = directions[0, 0], directions[0, 1], directions[1, 1]
-        norm = jnp.where(c.replace, c.norm, jnp.maximum(c.norm, jnp.sqrt(product_squared / p_dot_p)))
-        advance = ~c.replace & (curvature > 0)
-        alpha = jnp.where(advance, c.gamma / curvature, zero)
-        ritz = _update_ritz(c.ritz, alpha, c.beta)
-        ritz = jax.tree.map(lambda new, old: jnp.where(advance, new, old), ritz, c.ritz)
-
-        x = tree_axpy(alpha, c.p, c.x)
+        product = matvec(tree_where(replace, c.x, c.p))
+        products: Any = sum(tree_gram(c.p, product))
+        packed_step = in_one_kernel(step_length)(c.packed, products)
+        step = packed_step.tree
+        x = tree_axpy(step.alpha, c.p, c.x)
         # An ordinary step: r − αAp; a replacement: b − Ax.
-        r = tree_axpy(jnp.where(c.replace, -1, -alpha), product, tree_where(c.replace, rhs, c.r))
+        r = tree_axpy(jnp.where(replace, -1, -step.alpha), product, tree_where(replace, rhs, c.r))
         total = x if reference is None else tree_add(reference, x)
         vectors: Any = sum(tree_gram(x, r, rhs, total))
-        z, gamma, metric = r, vectors[1, 1], c.metric
+        z, measured = r, None
         if not plain:
             z, gamma, seen = preconditioned(r)
-            metric = metric if preconditioner is None else jnp.minimum(metric, seen)
-        x_norm, residual_norm, total_norm = (jnp.sqrt(vectors[i, i]) for i in (0, 1, 3))
-        x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
-        own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
-        witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, inf))
-        rayleigh = c.rayleigh
-        if not plain:
-            rayleigh = jnp.where(advance, jnp.minimum(c.rayleigh, witness), c.rayleigh)
-        rounding = eps * (norm * x_norm + rhs_norm)
-        deviation = jnp.where(c.replace, rounding, c.deviation + eps * (norm * x_norm + residual_norm))
-        smallest = jnp.minimum(carried_min, jnp.minimum(rayleigh, metric / ritz.low))
-
-        beta = jnp.where(advance, gamma / c.gamma, c.beta)
+            measured = gamma, None if preconditioner is None else seen
+        after = in_one_kernel(after_step)(c.packed, packed_step, vectors, test, measured)
         # After a replacement p keeps its conjugate part: p + (z_new − z_old).
         renewed = tree_add(c.p, tree_sub(z, c.r if c.z is None else c.z))
-        p = tree_where(c.replace, renewed, tree_axpy(beta, c.p, z))
-        direction = jnp.where(c.replace, c.direction, gamma + beta * beta * c.direction)
-        shrink = jnp.sqrt(gamma / direction)
-        # A direction with a small eigenvalue may not have shown itself in one or two steps.
-        wanted = rtol * jnp.where(c.num_matvecs < 3, 0.1, 1.0).astype(dtype)
-        tighten = jnp.where(amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
-        measured = residual_norm if plain else jnp.sqrt(metric * gamma)
-        met = shrink * measured + deviation <= smallest * tighten * jnp.maximum(wanted * total_norm, atol)
-
-        # Each line overrides those before it.
-        status = jnp.where(met | (gamma == 0), CONVERGED, RUNNING)
-        # r at rounding level of Ax: nothing more can be won in this precision.
-        status = jnp.where(residual_norm <= rounding, PRECISION_LIMITED, status)
-        status = jnp.where(gamma < 0, INDEFINITE, status)
-        # In a long run lost orthogonality pushes the Ritz value below the spectrum: a vector must bear it out.
-        unseen = 1 / ritz.low <= floor_of_singular * ritz.high
-        borne_out = advance & (witness <= 6 * floor_of_singular * norm)
-        status = jnp.where(unseen & borne_out, SINGULAR, status)
-        at_rounding = jnp.abs(curvature) <= floor_of_singular * norm * p_dot_p
-        status = jnp.where(c.replace | advance, status, jnp.where(at_rounding, SINGULAR, INDEFINITE))
-        status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
-        drifted = (deviation > jnp.sqrt(eps) * residual_norm) & (deviation > 10 * rounding)
         return _Loop(
             x=x,
             r=r,
             z=None if plain else z,
-            p=p,
-            fresh=None if c.fresh is None else keep(c.fresh, advance & keeps, c.p, product, squares),
-            gamma=gamma,
-            direction=direction,
-            beta=beta,
-            deviation=deviation,
-            ritz=ritz,
-            norm=norm,
-            rayleigh=rayleigh,
-            metric=metric,
-            x_norm=x_norm,
-            num_matvecs=c.num_matvecs + 1,
-            replace=~c.replace & drifted,
-            status=status.astype(jnp.int32),
+            p=tree_where(replace, renewed, tree_axpy(after.tree.beta, c.p, z)),
+            fresh=None
+            if c.fresh is None
+            else keep(c.fresh, step.advance & keeps, c.p, product, step.squares),
+            packed=after,
         )
 
-    end = jax.lax.while_loop(unfinished, body, start)
+    last = jax.lax.while_loop(unfinished, body, start)
+    end = last.packed.tree
     lowest, highest = jnp.minimum(end.rayleigh, end.metric / end.ritz.low), end.norm
     kept = None
-    if recycled is not None and end.fresh is not None:
+    if recycled is not None and last.fresh is not None:
         # The Ritz values are those of A itself only where nothing was deflated.
         own = (recycled.count == 0) & (preconditioner is None)
         highest = jnp.where(own, jnp.maximum(highest, end.ritz.high), highest)
-        kept = merged(recycled, end.fresh, lowest if preconditioner is None else end.rayleigh, highest)
+        kept = merged(recycled, last.fresh, lowest if preconditioner is None else end.rayleigh, highest)
     info = CGInfo(
         num_matvecs=end.num_matvecs,
-        residual=end.r,
-        residual_norm=jnp.sqrt(end.gamma) if plain else tree_norm(end.r),
+        residual=last.r,
+        residual_norm=jnp.sqrt(end.gamma) if plain else tree_norm(last.r),
         solution_norm=end.x_norm,
         curvature_min=1 / end.ritz.low,
         curvature_max=end.ritz.high,
@@ -335,7 +260,7 @@ def conjugate_gradient(
         recycled=kept,
         decades=zero if recycled is None else 0.5 * jnp.log10(gamma / end.gamma),
     )
-    return end.x, info
+    return last.x, info
 
 
 def negated(matvec: MatVec) -> MatVec:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from curvax._pytree import tree_dtype, tree_norm, tree_sub, tree_where, tree_zeros_like
+from curvax._pytree import (
+    tree_dot,
+    tree_dtype,
+    tree_generic_like,
+    tree_norm,
+    tree_size,
+    tree_sub,
+    tree_where,
+    tree_zeros_like,
+)
 
 MatVec = Callable[[PyTree[Array]], PyTree[Array]]
 
@@ -37,6 +46,15 @@ def is_symmetric(operator: lx.AbstractLinearOperator) -> bool:
         or lx.is_positive_semidefinite(operator)
         or lx.is_negative_semidefinite(operator)
     )
+
+
+def looks_symmetric(matvec: MatVec, like: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether uᵀAv = vᵀAu up to rounding for two generic vectors: two products, no proof, but rarely wrong."""
+    u, v = tree_generic_like(like), tree_generic_like(like, another=True)
+    au, av = matvec(u), matvec(v)
+    scale = tree_norm(u) * tree_norm(av) + tree_norm(v) * tree_norm(au)
+    rounding = 10 * max(tree_size(like), 4) ** 0.5 * jnp.finfo(tree_dtype(like)).eps
+    return jnp.abs(tree_dot(u, av) - tree_dot(v, au)) <= rounding * scale
 
 
 def check_tolerances(name: str, rtol: Any, atol: Any, max_steps: int | None) -> None:

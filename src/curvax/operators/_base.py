@@ -1,4 +1,4 @@
-"""What every operator made by automatic differentiation shares, and its place in Lineax's dispatch."""
+"""What every operator made by automatic differentiation shares."""
 
 import abc
 import types
@@ -12,7 +12,9 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from curvax.operators._dense import check_dense_size, dense_matrix, matrix_free_diagonal
+from curvax._contractions import with_fast_contractions
+from curvax.operators._dense import dense_matrix, matrix_free_diagonal
+from curvax.operators._dispatch import as_function, register
 
 
 class AbstractDerivativeOperator(lx.AbstractLinearOperator):
@@ -31,6 +33,13 @@ class AbstractDerivativeOperator(lx.AbstractLinearOperator):
     def as_matrix(self) -> Array:
         """The matrix over raveled leaves, in min(rows, columns) products. Raises above a size limit."""
         return dense_matrix(self)
+
+
+def linear_map(
+    product: Callable[[PyTree[Array]], PyTree[Array]], operator: AbstractDerivativeOperator
+) -> lx.FunctionLinearOperator:
+    """The products of an operator, linearised by the caller, as one that Lineax knows."""
+    return lx.FunctionLinearOperator(with_fast_contractions(product), operator.in_structure(), operator.tags)
 
 
 class _Captured(eqx.Module):
@@ -121,8 +130,7 @@ def check_scalar(name: str, fn: Callable, *args: Any) -> None:
         raise ValueError(f"`{name}` must return one real scalar, found {found}. Sum or average its output.")
 
 
-def _as_function(operator: AbstractDerivativeOperator) -> lx.FunctionLinearOperator:
-    return lx.FunctionLinearOperator(operator.mv, operator.in_structure(), operator.tags)
+register(AbstractDerivativeOperator, one_by_one=True)
 
 
 @lx.linearise.register(AbstractDerivativeOperator)
@@ -130,62 +138,14 @@ def _(operator):
     return operator.linearised()
 
 
-@lx.materialise.register(AbstractDerivativeOperator)
-def _(operator):
-    check_dense_size(operator)
-    return lx.materialise(_as_function(operator))
-
-
 @lx.diagonal.register(AbstractDerivativeOperator)
 def _(operator):
-    return lx.diagonal(_as_function(operator)) if lx.is_diagonal(operator) else matrix_free_diagonal(operator)
+    return lx.diagonal(as_function(operator)) if lx.is_diagonal(operator) else matrix_free_diagonal(operator)
 
 
 @lx.tridiagonal.register(AbstractDerivativeOperator)
 def _(operator):
     if lx.is_tridiagonal(operator):
-        return lx.tridiagonal(_as_function(operator))
+        return lx.tridiagonal(as_function(operator))
     matrix = operator.as_matrix()
     return jnp.diagonal(matrix), jnp.diagonal(matrix, offset=-1), jnp.diagonal(matrix, offset=1)
-
-
-@lx.conj.register(AbstractDerivativeOperator)
-def _(operator):
-    return operator  # real by construction
-
-
-_SYMMETRIC_TAGS = frozenset(
-    [lx.symmetric_tag, lx.diagonal_tag, lx.positive_semidefinite_tag, lx.negative_semidefinite_tag]
-)
-
-
-@lx.is_symmetric.register(AbstractDerivativeOperator)
-def _(operator):
-    return bool(operator.tags & _SYMMETRIC_TAGS)
-
-
-def _one_by_one(operator: lx.AbstractLinearOperator) -> bool:
-    return operator.in_size() == 1 and operator.out_size() == 1
-
-
-for _check, _implied_by in (
-    (lx.is_diagonal, {lx.diagonal_tag}),
-    (lx.is_tridiagonal, {lx.tridiagonal_tag, lx.diagonal_tag}),
-    (lx.is_lower_triangular, {lx.lower_triangular_tag, lx.diagonal_tag}),
-    (lx.is_upper_triangular, {lx.upper_triangular_tag, lx.diagonal_tag}),
-):
-
-    @_check.register(AbstractDerivativeOperator)
-    def _(operator, implied_by=frozenset(_implied_by)):
-        return bool(operator.tags & implied_by) or _one_by_one(operator)
-
-
-for _check, _tag in (
-    (lx.has_unit_diagonal, lx.unit_diagonal_tag),
-    (lx.is_positive_semidefinite, lx.positive_semidefinite_tag),
-    (lx.is_negative_semidefinite, lx.negative_semidefinite_tag),
-):
-
-    @_check.register(AbstractDerivativeOperator)
-    def _(operator, tag=_tag):
-        return tag in operator.tags

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from curvax.operators._base import as_tags
 from curvax.operators._damped import (
-    bare,
     check_damping,
     check_real,
     damped_part,
@@ -26,7 +25,7 @@ from curvax.operators._damped import (
     trace_part,
 )
 from curvax.operators._dense import ravel, structure_dtype
-from curvax.operators._parts import power_of
+from curvax.operators._parts import power_of, untagged
 from curvax.operators._structured import AbstractStructuredOperator, as_operator, check_power
 
 # What holds for a block-diagonal matrix exactly where it holds for every block.
@@ -74,7 +73,7 @@ class BlockDiagonal(AbstractStructuredOperator):
         self, blocks: PyTree[lx.AbstractLinearOperator | Array], tags: object | Iterable[object] = ()
     ) -> None:
         self.blocks = jax.tree_util.tree_map_with_path(_as_block, blocks, is_leaf=_is_block)
-        parts = jax.tree.leaves(self.blocks, is_leaf=_is_block)
+        parts = self.parts
         if not parts:
             raise ValueError(
                 "`blocks` of `BlockDiagonal` holds no block: give at least one operator or matrix."
@@ -83,6 +82,11 @@ class BlockDiagonal(AbstractStructuredOperator):
         square = all(is_square(part) for part in parts)
         common = frozenset.intersection(*(known_tags(part) for part in parts)) if square else frozenset()
         self.tags = as_tags(tags) | common
+
+    @property
+    def parts(self) -> list[lx.AbstractLinearOperator]:
+        """The blocks, in the order of the leaves."""
+        return jax.tree.leaves(self.blocks, is_leaf=_is_block)
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """Each block times its part of the vector."""
@@ -180,7 +184,7 @@ def _as_block(path: Any, block: lx.AbstractLinearOperator | Array) -> lx.Abstrac
 def _power_part(operator: lx.AbstractLinearOperator, exponent: float) -> lx.AbstractLinearOperator:
     """A positive semidefinite part over vectors of any structure, to a real power."""
     check_power(operator, exponent)
-    part = bare(operator)
+    part = untagged(operator)
     if isinstance(part, AbstractStructuredOperator):
         power = part.power(exponent)
     elif isinstance(part, lx.IdentityLinearOperator):

@@ -8,12 +8,14 @@ import jax
 import lineax as lx
 from jaxtyping import Array, PyTree
 
+from curvax._contractions import with_fast_contractions
 from curvax.operators._base import (
     AbstractDerivativeOperator,
     as_arrays,
     as_tags,
     capture,
     check_scalar,
+    linear_map,
     split,
     structure,
 )
@@ -49,13 +51,13 @@ class CrossDerivative(AbstractDerivativeOperator):
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """B v = d/dε ∇_θ fn(θ, φ + εv) at ε = 0; transposed, Bᵀ w = d/dε ∇_φ fn(θ + εw, φ)."""
         gradient, point = self._gradient()
-        return jax.jvp(gradient, (point,), (vector,))[1]
+        return with_fast_contractions(lambda v: jax.jvp(gradient, (point,), (v,))[1])(vector)
 
     def linearised(self) -> lx.AbstractLinearOperator:
         """B with its gradient linearised once."""
         gradient, point = self._gradient()
         _, product = jax.linearize(gradient, point)
-        return lx.FunctionLinearOperator(product, self.in_structure(), self.tags)
+        return linear_map(product, self)
 
     def transpose(self) -> "CrossDerivative":
         """Bᵀ = ∂²fn/∂φ∂θ, its products forward-over-reverse too."""

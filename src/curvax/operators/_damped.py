@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from curvax._pytree import tree_axpy
 from curvax.operators._dense import matrix_free_diagonal, ravel, structure_dtype
-from curvax.operators._parts import Inverse, inverse_of, logdet_of, tags_of
+from curvax.operators._parts import Inverse, inverse_of, logdet_of, tags_of, untagged
 from curvax.operators._structured import AbstractStructuredOperator, is_symmetric
 
 _KEPT = frozenset(
@@ -122,12 +122,12 @@ class Damped(AbstractStructuredOperator):
 
     def _added(self, method: str) -> lx.AbstractLinearOperator:
         added = damped_part(self.operator, self.damping)
-        if isinstance(bare(added), Damped):
+        if isinstance(untagged(added), Damped):
+            kind = type(untagged(self.operator)).__name__
             raise ValueError(
-                f"{method}() of `Damped` needs the entries or a structure of `operator`; of a "
-                f"{type(bare(self.operator)).__name__} products alone are known. Solve with `cx.linear.CG` (positive "
-                "definite) or `cx.linear.Auto`, which need products only, or wrap "
-                "`lx.MatrixLinearOperator(operator.as_matrix(), tags)` if it is small."
+                f"{method}() of `Damped` needs the entries or a structure of `operator`; of a {kind} products alone "
+                "are known. Solve with `cx.linear.CG` (positive definite) or `cx.linear.Auto`, which need products "
+                "only, or wrap `lx.MatrixLinearOperator(operator.as_matrix(), tags)` if it is small."
             )
         return added
 
@@ -172,13 +172,6 @@ def is_square(operator: lx.AbstractLinearOperator) -> bool:
     return signature(spaces[0]) == signature(spaces[1]) and dtypes[0] == dtypes[1]
 
 
-def bare(operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
-    """The operator inside of tags put around it, which would hide its structure."""
-    while isinstance(operator, lx.TaggedLinearOperator):
-        operator = operator.operator
-    return operator
-
-
 def known_tags(operator: lx.AbstractLinearOperator) -> frozenset[object]:
     """`tags_of`, and symmetric where definite: Lineax does not conclude that for tags put around an operator."""
     return tags_of(operator) | ({lx.symmetric_tag} if is_symmetric(operator) else frozenset())
@@ -192,7 +185,7 @@ def tagged(operator: lx.AbstractLinearOperator, tags: frozenset[object]) -> lx.A
 
 def damped_part(operator: lx.AbstractLinearOperator, damping: Scalar | float) -> lx.AbstractLinearOperator:
     """A + damping · I of the same kind as A; a `Damped` where products alone are known of A."""
-    part, kept = bare(operator), known_tags(operator) & _KEPT
+    part, kept = untagged(operator), known_tags(operator) & _KEPT
     if isinstance(part, AbstractStructuredOperator):
         return tagged(part.damped(damping), kept)
     if isinstance(part, lx.IdentityLinearOperator):
@@ -213,7 +206,7 @@ def damped_part(operator: lx.AbstractLinearOperator, damping: Scalar | float) ->
 
 def inverse_part(operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
     """A⁻¹ for a square A over vectors of any structure: by its own structure, or by a factorisation."""
-    part = bare(operator)
+    part = untagged(operator)
     if isinstance(part, AbstractStructuredOperator | lx.IdentityLinearOperator):
         inverse = inverse_of(part)
     elif isinstance(part, lx.DiagonalLinearOperator):
@@ -237,7 +230,7 @@ def over(
 
 def diagonal_part(operator: lx.AbstractLinearOperator) -> Float[Array, " n"]:
     """The diagonal over raveled leaves, in their common dtype: read off, or in n products without the matrix."""
-    part = bare(operator)
+    part = untagged(operator)
     dtype = structure_dtype(part.in_structure())
     if isinstance(part, lx.IdentityLinearOperator):
         return jnp.ones(part.in_size(), dtype)
@@ -248,13 +241,13 @@ def diagonal_part(operator: lx.AbstractLinearOperator) -> Float[Array, " n"]:
 
 def trace_part(operator: lx.AbstractLinearOperator) -> Scalar:
     """The trace over vectors of any structure."""
-    part = bare(operator)
+    part = untagged(operator)
     return part.trace() if isinstance(part, AbstractStructuredOperator) else jnp.sum(diagonal_part(part))
 
 
 def logdet_part(operator: lx.AbstractLinearOperator) -> Scalar:
     """log |det| over vectors of any structure."""
-    part = bare(operator)
+    part = untagged(operator)
     if isinstance(part, lx.IdentityLinearOperator):
         return jnp.zeros((), structure_dtype(part.in_structure()))
     return logdet_of(part if isinstance(part, AbstractStructuredOperator) else operator)

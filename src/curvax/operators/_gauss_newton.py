@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree
 
+from curvax._contractions import with_fast_contractions
 from curvax._pytree import tree_scale
 from curvax.operators._base import (
     AbstractDerivativeOperator,
@@ -15,6 +16,7 @@ from curvax.operators._base import (
     as_tags,
     capture,
     check_scalar,
+    linear_map,
     split,
     structure,
 )
@@ -47,19 +49,21 @@ class GaussNewton(AbstractDerivativeOperator):
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """G v: forward through the model, the loss's Hessian, back through the model."""
-        outputs, tangent, rest = jax.jvp(self._model, (self.params,), (vector,), has_aux=True)
-        _, curved = jax.jvp(lambda z: self._loss_gradient(z, rest), (outputs,), (tangent,))
-        _, pullback, _ = jax.vjp(self._model, self.params, has_aux=True)
-        return self._mean(pullback(curved)[0])
+
+        def product(vector: PyTree[Array]) -> PyTree[Array]:
+            outputs, tangent, rest = jax.jvp(self._model, (self.params,), (vector,), has_aux=True)
+            _, curved = jax.jvp(lambda z: self._loss_gradient(z, rest), (outputs,), (tangent,))
+            _, pullback, _ = jax.vjp(self._model, self.params, has_aux=True)
+            return self._mean(pullback(curved)[0])
+
+        return with_fast_contractions(product)(vector)
 
     def linearised(self) -> lx.AbstractLinearOperator:
         """G with the model and the loss's gradient linearised once."""
         outputs, push, rest = jax.linearize(self._model, self.params, has_aux=True)
         _, curve = jax.linearize(lambda z: self._loss_gradient(z, rest), outputs)
         pull = jax.linear_transpose(push, self.params)
-        return lx.FunctionLinearOperator(
-            lambda vector: self._mean(pull(curve(push(vector)))[0]), self.in_structure(), self.tags
-        )
+        return linear_map(lambda vector: self._mean(pull(curve(push(vector)))[0]), self)
 
     def transpose(self) -> "GaussNewton":
         """G itself."""

@@ -8,7 +8,15 @@ import jax
 import lineax as lx
 from jaxtyping import Array, PyTree
 
-from curvax.operators._base import AbstractDerivativeOperator, as_tags, capture_args, check_scalar, structure
+from curvax._contractions import with_fast_contractions
+from curvax.operators._base import (
+    AbstractDerivativeOperator,
+    as_tags,
+    capture_args,
+    check_scalar,
+    linear_map,
+    structure,
+)
 
 
 class Hessian(AbstractDerivativeOperator):
@@ -20,12 +28,13 @@ class Hessian(AbstractDerivativeOperator):
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """H v = d/dε ∇fn(θ + εv) at ε = 0."""
-        return jax.jvp(jax.grad(self.fn), (self.theta,), (vector,))[1]
+        product = lambda v: jax.jvp(jax.grad(self.fn), (self.theta,), (v,))[1]  # noqa: E731
+        return with_fast_contractions(product)(vector)
 
     def linearised(self) -> lx.AbstractLinearOperator:
         """H with its gradient linearised once: one gradient now, none in later products."""
         _, product = jax.linearize(jax.grad(self.fn), self.theta)
-        return lx.FunctionLinearOperator(product, self.in_structure(), self.tags)
+        return linear_map(product, self)
 
     def transpose(self) -> "Hessian":
         """H itself."""

@@ -8,8 +8,16 @@ import jax
 import lineax as lx
 from jaxtyping import Array, PyTree
 
+from curvax._contractions import with_fast_contractions
 from curvax._pytree import tree_sub
-from curvax.operators._base import AbstractDerivativeOperator, as_tags, capture_args, strip_weak, structure
+from curvax.operators._base import (
+    AbstractDerivativeOperator,
+    as_tags,
+    capture_args,
+    linear_map,
+    strip_weak,
+    structure,
+)
 
 
 class _InexactOutput(eqx.Module):
@@ -40,17 +48,21 @@ class Jacobian(AbstractDerivativeOperator):
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """J v by forward mode; transposed, Jᵀ w by reverse mode."""
-        if self.transposed:
-            return jax.vjp(self.fn, self.theta)[1](vector)[0]
-        return jax.jvp(self.fn, (self.theta,), (vector,))[1]
+
+        def product(vector: PyTree[Array]) -> PyTree[Array]:
+            if self.transposed:
+                return jax.vjp(self.fn, self.theta)[1](vector)[0]
+            return jax.jvp(self.fn, (self.theta,), (vector,))[1]
+
+        return with_fast_contractions(product)(vector)
 
     def linearised(self) -> lx.AbstractLinearOperator:
         """The operator with the function evaluated once."""
         if self.transposed:
             _, pullback = jax.vjp(self.fn, self.theta)
-            return lx.FunctionLinearOperator(lambda w: pullback(w)[0], self.in_structure(), self.tags)
+            return linear_map(lambda w: pullback(w)[0], self)
         _, push = jax.linearize(self.fn, self.theta)
-        return lx.FunctionLinearOperator(push, self.in_structure(), self.tags)
+        return linear_map(push, self)
 
     def transpose(self) -> "Jacobian":
         """The transpose; the operator itself where it is tagged symmetric."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar
 
+from curvax.operators._dispatch import register
 from curvax.operators._factorisation import written_out
 from curvax.operators._structured import AbstractStructuredOperator, check_power, is_symmetric
 
@@ -38,9 +39,9 @@ _DIRECT = lx.AutoLinearSolver(well_posed=True)
 
 
 class Inverse(lx.AbstractLinearOperator):
-    """The inverse of a small matrix, factorised once (Cholesky, LU or triangular, by its tags)."""
+    """The inverse of a matrix, factorised once (Cholesky, LU, triangular or tridiagonal, by its tags)."""
 
-    matrix: lx.MatrixLinearOperator
+    matrix: lx.MatrixLinearOperator | lx.TridiagonalLinearOperator
     factors: Any
     tags: frozenset[object] = eqx.field(static=True)
 
@@ -50,7 +51,7 @@ class Inverse(lx.AbstractLinearOperator):
 
     def as_matrix(self) -> Float[Array, "n n"]:
         """A⁻¹ written out."""
-        return jax.vmap(self.mv, 1, 1)(jnp.eye(self.in_size(), dtype=self.matrix.matrix.dtype))
+        return jax.vmap(self.mv, 1, 1)(jnp.eye(self.in_size(), dtype=self.in_structure().dtype))
 
     def transpose(self) -> "Inverse":
         """The inverse of the transposed matrix, from the same factors."""
@@ -75,8 +76,11 @@ def inverse_of(operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator
         return inner
     if lx.is_diagonal(operator):
         return lx.DiagonalLinearOperator(1 / lx.diagonal(operator))
-    matrix = lx.MatrixLinearOperator(written_out(operator), tags_of(operator))
-    return Inverse(matrix, _DIRECT.init(matrix, {}), matrix.tags)
+    tags = tags_of(operator)
+    matrix = inner
+    if not isinstance(inner, lx.TridiagonalLinearOperator):
+        matrix = lx.MatrixLinearOperator(written_out(operator), tags)
+    return Inverse(matrix, _DIRECT.init(matrix, {}), tags)
 
 
 def eigen_of(operator: lx.AbstractLinearOperator) -> tuple[Float[Array, "n n"], Float[Array, " n"]]:
@@ -138,37 +142,9 @@ def check_symmetric(operator: lx.AbstractLinearOperator, what: str) -> None:
         )
 
 
-for _check, _tag in (
-    (lx.is_symmetric, lx.symmetric_tag),
-    (lx.is_positive_semidefinite, lx.positive_semidefinite_tag),
-    (lx.is_negative_semidefinite, lx.negative_semidefinite_tag),
-    (lx.is_diagonal, lx.diagonal_tag),
-    (lx.is_tridiagonal, lx.diagonal_tag),
-    (lx.is_lower_triangular, lx.lower_triangular_tag),
-    (lx.is_upper_triangular, lx.upper_triangular_tag),
-    (lx.has_unit_diagonal, None),
-):
-
-    @_check.register(Inverse)
-    def _(operator, tag=_tag):
-        return tag in operator.tags
-
-
-@lx.linearise.register(Inverse)
-def _(operator):
-    return operator
+register(Inverse)
 
 
 @lx.materialise.register(Inverse)
 def _(operator):
     return lx.MatrixLinearOperator(operator.as_matrix(), operator.tags)
-
-
-@lx.diagonal.register(Inverse)
-def _(operator):
-    return jnp.diagonal(operator.as_matrix())
-
-
-@lx.conj.register(Inverse)
-def _(operator):
-    return operator

@@ -1,7 +1,6 @@
-"""What every operator with a structure of its own shares, and its place in Lineax's dispatch."""
+"""What every operator with a structure of its own shares."""
 
 import abc
-import math
 
 import equinox as eqx
 import jax
@@ -9,11 +8,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar
 
-from curvax.operators._dense import check_dense_size, dense_matrix
-
-_SYMMETRIC = frozenset(
-    [lx.symmetric_tag, lx.diagonal_tag, lx.positive_semidefinite_tag, lx.negative_semidefinite_tag]
-)
+from curvax.operators._dense import dense_matrix
+from curvax.operators._dispatch import register
 
 
 class AbstractStructuredOperator(lx.AbstractLinearOperator):
@@ -90,53 +86,4 @@ def check_power(operator: lx.AbstractLinearOperator, exponent: float) -> None:
         )
 
 
-def size_of(structure: jax.ShapeDtypeStruct) -> int:
-    """Number of entries."""
-    return math.prod(structure.shape)
-
-
-@lx.linearise.register(AbstractStructuredOperator)
-def _(operator):
-    return operator
-
-
-@lx.materialise.register(AbstractStructuredOperator)
-def _(operator):
-    check_dense_size(operator)
-    return lx.materialise(lx.FunctionLinearOperator(operator.mv, operator.in_structure(), operator.tags))
-
-
-@lx.diagonal.register(AbstractStructuredOperator)
-def _(operator):
-    return operator.diagonal()
-
-
-@lx.tridiagonal.register(AbstractStructuredOperator)
-def _(operator):
-    matrix = operator.as_matrix()
-    return jnp.diagonal(matrix), jnp.diagonal(matrix, offset=-1), jnp.diagonal(matrix, offset=1)
-
-
-@lx.conj.register(AbstractStructuredOperator)
-def _(operator):
-    return operator  # real by construction
-
-
-@lx.is_symmetric.register(AbstractStructuredOperator)
-def _(operator):
-    return bool(operator.tags & _SYMMETRIC)
-
-
-for _check, _implied_by in (
-    (lx.is_diagonal, {lx.diagonal_tag}),
-    (lx.is_tridiagonal, {lx.tridiagonal_tag, lx.diagonal_tag}),
-    (lx.is_lower_triangular, {lx.lower_triangular_tag, lx.diagonal_tag}),
-    (lx.is_upper_triangular, {lx.upper_triangular_tag, lx.diagonal_tag}),
-    (lx.has_unit_diagonal, {lx.unit_diagonal_tag}),
-    (lx.is_positive_semidefinite, {lx.positive_semidefinite_tag}),
-    (lx.is_negative_semidefinite, {lx.negative_semidefinite_tag}),
-):
-
-    @_check.register(AbstractStructuredOperator)
-    def _(operator, implied_by=frozenset(_implied_by)):
-        return bool(operator.tags & implied_by)
+register(AbstractStructuredOperator)

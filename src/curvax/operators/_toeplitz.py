@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Scalar
 from curvax.operators._base import as_tags
 from curvax.operators._circulant import Circulant, as_real, check_shape
 from curvax.operators._dense import check_dense_size, dense_matrix
+from curvax.operators._dispatch import register
 from curvax.operators._parts import tags_of
 from curvax.operators._structured import AbstractStructuredOperator
 
@@ -289,44 +290,10 @@ def _fast_length(minimum: int) -> int:
     return best
 
 
-for _check, _tag in (
-    (lx.is_symmetric, lx.symmetric_tag),
-    (lx.is_positive_semidefinite, lx.positive_semidefinite_tag),
-    (lx.is_negative_semidefinite, lx.negative_semidefinite_tag),
-    (lx.is_diagonal, lx.diagonal_tag),
-    (lx.is_tridiagonal, lx.diagonal_tag),
-    (lx.is_lower_triangular, lx.lower_triangular_tag),
-    (lx.is_upper_triangular, lx.upper_triangular_tag),
-    (lx.has_unit_diagonal, None),
-):
-
-    @_check.register(ToeplitzInverse)
-    def _(operator, tag=_tag):
-        return tag in operator.tags
-
-
-@lx.linearise.register(ToeplitzInverse)
-def _(operator):
-    return operator
+register(ToeplitzInverse)
 
 
 @lx.materialise.register(ToeplitzInverse)
 def _(operator):
     check_dense_size(operator)
     return lx.MatrixLinearOperator(operator.as_matrix(), operator.tags)
-
-
-@lx.diagonal.register(ToeplitzInverse)
-def _(operator):
-    return operator.diagonal()
-
-
-@lx.tridiagonal.register(ToeplitzInverse)
-def _(operator):
-    matrix = operator.as_matrix()
-    return jnp.diagonal(matrix), jnp.diagonal(matrix, offset=-1), jnp.diagonal(matrix, offset=1)
-
-
-@lx.conj.register(ToeplitzInverse)
-def _(operator):
-    return operator

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from curvax._contractions import with_fast_contractions
+
 
 class Steps(eqx.Module):
     """`num_steps` steps of an Optax optimiser on the inner loss, from the start that the caller gives.
@@ -92,7 +94,7 @@ class Steps(eqx.Module):
         ) -> tuple[tuple[PyTree[Array], Any], None]:
             point, state = carry
             data = batch(step_key)
-            value, grad = jax.value_and_grad(loss)(point, data)
+            value, grad = with_fast_contractions(jax.value_and_grad(loss))(point, data)
             updates, state = transformation.update(
                 grad, state, point, value=value, grad=grad, value_fn=lambda p: loss(p, data)
             )

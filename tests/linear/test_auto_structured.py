@@ -1,0 +1,142 @@
+"""`Auto` solves by the structure of the operator, at sizes where nothing is written out."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+import scipy.linalg
+
+import curvax.operators as ops
+from curvax.linear import Auto, Method
+
+PSD = lx.positive_semidefinite_tag
+
+
+def _definite(rng, n):
+    root = rng.standard_normal((n, n))
+    return jnp.asarray(root @ root.T / n + np.eye(n))
+
+
+def _matrix(rng, n):
+    return jnp.asarray(rng.standard_normal((n, n)) + 4 * np.sqrt(n) * np.eye(n))
+
+
+def _tridiagonal(rng, n):
+    return lx.TridiagonalLinearOperator(
+        jnp.asarray(4 + rng.random(n)), jnp.asarray(rng.random(n - 1)), jnp.asarray(rng.random(n - 1))
+    )
+
+
+OPERATORS = {
+    "kronecker": lambda rng: ops.Kronecker(_matrix(rng, 50), _matrix(rng, 60)),
+    "damped kronecker": lambda rng: ops.Damped(
+        ops.Kronecker(
+            lx.MatrixLinearOperator(_definite(rng, 50), PSD), lx.MatrixLinearOperator(_definite(rng, 60), PSD)
+        ),
+        0.1,
+    ),
+    "low rank plus diagonal": lambda rng: ops.LowRankPlusDiagonal(
+        jnp.asarray(1 + rng.random(4000)), jnp.asarray(rng.standard_normal((4000, 5))), tags=PSD
+    ),
+    "block diagonal": lambda rng: ops.BlockDiagonal(
+        {"a": ops.Kronecker(_matrix(rng, 40), _matrix(rng, 60)), "b": _tridiagonal(rng, 500)}
+    ),
+    "block tridiagonal": lambda rng: ops.BlockTridiagonal(
+        jnp.asarray(rng.standard_normal((800, 3, 3)) + 9 * np.eye(3)),
+        jnp.asarray(rng.standard_normal((799, 3, 3))),
+        jnp.asarray(rng.standard_normal((799, 3, 3))),
+    ),
+    "circulant": lambda rng: ops.Circulant(jnp.asarray(rng.random(4000)).at[0].set(4000.0)),
+    "toeplitz": lambda rng: ops.Toeplitz(jnp.asarray(0.5 ** np.arange(3000)).at[0].set(3.0)),
+    "diagonal": lambda rng: lx.DiagonalLinearOperator({"w": jnp.asarray(1 + rng.random((70, 50)))}),
+    "tridiagonal": lambda rng: _tridiagonal(rng, 3000),
+    "triangular": lambda rng: lx.MatrixLinearOperator(jnp.tril(_matrix(rng, 300)), lx.lower_triangular_tag),
+    "tagged from outside": lambda rng: lx.TaggedLinearOperator(
+        ops.Circulant(jnp.asarray(0.1 ** np.arange(3000)).at[0].set(3.0)), lx.symmetric_tag
+    ),
+}
+
+
+def _normal(rng, structure):
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), structure)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_structure_is_used(name, rng):
+    operator = OPERATORS[name](rng)
+    truth = _normal(rng, operator.in_structure())
+    # A fallback size of 0 and one step: nothing but the structure can succeed.
+    solver = Auto(rtol=1e-11, max_steps=1, fallback_size=0, dense_size=0)
+    solution = lx.linear_solve(operator, operator.mv(truth), solver)
+    assert Method(int(solution.stats["method"])) == Method.structured
+    assert int(solution.stats["num_steps"]) <= 4
+    jax.tree.map(lambda x, t: np.testing.assert_allclose(x, t, rtol=1e-7, atol=1e-8), solution.value, truth)
+
+    # The transposed solve, by reverse mode: d/db ⟨w, A⁻¹b⟩ = A⁻ᵀw.
+    weights = _normal(rng, operator.in_structure())
+    pull = jax.vjp(lambda b: lx.linear_solve(operator, b, solver).value, operator.mv(truth))[1](weights)[0]
+    back = operator.transpose().mv(pull)
+    jax.tree.map(lambda x, t: np.testing.assert_allclose(x, t, rtol=1e-7, atol=1e-8), back, weights)
+
+
+def test_small_operators_use_their_structure_too(rng):
+    operator = ops.Circulant(jnp.array([4.0, 1.0, 0.5]))
+    vector = jnp.asarray(rng.standard_normal(3))
+    solution = lx.linear_solve(operator, vector, Auto(rtol=1e-12))
+    assert Method(int(solution.stats["method"])) == Method.structured
+    dense = scipy.linalg.circulant(np.array([4.0, 1.0, 0.5]))
+    np.testing.assert_allclose(solution.value, np.linalg.solve(dense, vector), rtol=1e-12)
+
+
+def test_products_alone_are_no_structure(rng):
+    """`Damped` of an operator known through products, and blocks of such: iterative, nothing written out."""
+    diagonal = jnp.asarray(1 + rng.random(300))
+    hidden = lx.FunctionLinearOperator(
+        lambda v: diagonal * v, jax.ShapeDtypeStruct((300,), diagonal.dtype), PSD
+    )
+    vector = jnp.asarray(rng.standard_normal(300))
+    for operator, b in (
+        (ops.Damped(hidden, 0.5), vector),
+        (ops.BlockDiagonal([ops.Damped(hidden, 0.5)]), [vector]),
+        (ops.Damped(ops.BlockDiagonal([hidden]), 0.5), [vector]),
+    ):
+        solution = lx.linear_solve(operator, b, Auto(rtol=1e-10))
+        assert Method(int(solution.stats["method"])) == Method.cg
+        value = jax.tree.leaves(solution.value)[0]
+        np.testing.assert_allclose(value, vector / (diagonal + 0.5), rtol=1e-9)
+    # A damped Kronecker product of factors that are not symmetric has no eigenbasis to damp it in.
+    skew = ops.Damped(ops.Kronecker(_matrix(rng, 12), _matrix(rng, 12)), 0.5)
+    matrix = skew.as_matrix()
+    b = jnp.asarray(rng.standard_normal((12, 12)))
+    solution = lx.linear_solve(skew, b, Auto(rtol=1e-10, dense_size=0))
+    assert Method(int(solution.stats["method"])) == Method.gmres
+    np.testing.assert_allclose(solution.value.ravel(), np.linalg.solve(matrix, b.ravel()), rtol=1e-7)
+
+
+def test_singular_structure_falls_back(rng):
+    """A singular circulant with a right-hand side in its range: MINRES finds a solution; without one it fails."""
+    n = 200
+    column = jnp.zeros(n).at[jnp.array([0, 1, n - 1])].set(jnp.array([2.0, -1.0, -1.0]))
+    operator = ops.Circulant(column, tags=lx.symmetric_tag)
+    vector = rng.standard_normal(n)
+    solver = Auto(rtol=1e-8, fallback_size=0)
+    solution = lx.linear_solve(operator, jnp.asarray(vector - vector.mean()), solver)
+    assert Method(int(solution.stats["method"])) == Method.minres
+    np.testing.assert_allclose(operator.mv(solution.value), vector - vector.mean(), atol=1e-6)
+    failed = lx.linear_solve(operator, jnp.asarray(vector + 1), solver, throw=False)
+    assert failed.result != lx.RESULTS.successful
+
+
+def test_refined_in_float32(rng):
+    """An ill-conditioned structure in low precision is refined to the tolerance or reported."""
+    left, right = (np.diag(np.geomspace(1, 50, 40)).astype(np.float32) for _ in range(2))
+    mix = scipy.linalg.qr(rng.standard_normal((40, 40)))[0].astype(np.float32)
+    operator = ops.Kronecker(jnp.asarray(mix @ left @ mix.T), jnp.asarray(mix @ right @ mix.T))
+    vector = jnp.asarray(rng.standard_normal((40, 40)), jnp.float32)
+    solution = lx.linear_solve(operator, vector, Auto(rtol=3e-6), throw=False)
+    residual = np.linalg.norm(operator.mv(solution.value) - vector) / np.linalg.norm(vector)
+    assert (solution.result == lx.RESULTS.successful) == bool(
+        solution.stats["residual_norm"] <= 3e-6 * jnp.linalg.norm(vector)
+    )
+    assert residual <= 1e-5
