@@ -503,6 +503,7 @@ def test_saddle_that_no_right_hand_side_sees(size):
     method = {"inner_solver": optx.BFGS(1e-8, 1e-8), "rule": cx.Implicit(rtol=1e-4), "throw": False}
     hg = cx.hypergradient(problem, jnp.asarray(0.5), jnp.zeros(size), **method)
     assert hg.result == cx.RESULTS.indefinite_curvature
+    assert hg.stats.curvature_min < 0
     # Control: the same from a start that leads to the minimum.
     hg = cx.hypergradient(problem, jnp.asarray(0.5), jnp.full(size, 0.5), **method)
     assert hg.result == cx.RESULTS.successful
@@ -516,6 +517,20 @@ def test_preconditioner_of_another_size():
         cx.hypergradient(
             problem, jnp.asarray(0.5), jnp.zeros(60), inner_solver=optx.BFGS(1e-8, 1e-8), rule=rule
         )
+
+
+def test_data_that_are_a_path():
+    problem = cx.Bilevel(inner=saddle_inner, outer=saddle_outer)
+    for name in ("inner_data", "outer_data"):
+        with pytest.raises(TypeError, match=f"`{name}`.*'train.csv'"):
+            cx.hypergradient(
+                problem,
+                jnp.asarray(0.5),
+                jnp.zeros(3),
+                inner_solver=optx.BFGS(1e-8, 1e-8),
+                rule=cx.Implicit(),
+                **{name: "train.csv"},
+            )
 
 
 def test_optimiser_that_was_not_called():

@@ -71,8 +71,14 @@ def check_inner_solver(problem: Bilevel, inner_solver: Any) -> None:
         raise TypeError(f"`inner_solver` must be {wanted}; got {type(inner_solver).__name__}.")
 
 
-def check_key(inner_data: Any, outer_data: Any, key: Any) -> None:
-    """A sampler needs a key."""
+def check_data(inner_data: Any, outer_data: Any, key: Any) -> None:
+    """Data are arrays or samplers, and a sampler needs a key."""
+    for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
+        if isinstance(data, str | bytes):
+            raise TypeError(
+                f"`{name}` must be a pytree of arrays or a sampler key -> batch, got the text {data!r}. Read the file "
+                "first."
+            )
     names = [
         name for name, data in (("inner_data", inner_data), ("outer_data", outer_data)) if is_sampler(data)
     ]

@@ -11,9 +11,9 @@ from curvax._pytree import strong, tree_dtype, tree_zeros_like
 from curvax._results import RESULTS, describe
 from curvax.bilevel._data import is_sampler
 from curvax.bilevel._door import (
+    check_data,
     check_finite,
     check_inner_solver,
-    check_key,
     make_task,
     split,
     tolerances_as_arrays,
@@ -207,7 +207,7 @@ def hypergradient(
     state = _with_room(
         state, theta0, rule.num_recycled(split(theta0, "theta0")[0], problem.condition.symmetric)
     )
-    check_key(inner_data, outer_data, state.key)
+    check_data(inner_data, outer_data, state.key)
     rule.check(
         stochastic_steps=isinstance(inner_solver, Steps) and is_sampler(inner_data),
         has_rollout=isinstance(inner_solver, Steps),

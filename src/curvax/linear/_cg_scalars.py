@@ -128,6 +128,9 @@ def after_step(
     rayleigh = s.rayleigh
     if preconditioned is not None:
         rayleigh = jnp.where(advance, jnp.minimum(rayleigh, witness), rayleigh)
+    # A direction without positive curvature ends the run: it is what there is to report.
+    broken = ~(s.replace | advance)
+    rayleigh = jnp.where(broken, jnp.minimum(rayleigh, curvature / p_dot_p), rayleigh)
     rounding = eps * (norm * x_norm + test.rhs_norm)
     deviation = jnp.where(s.replace, rounding, s.deviation + eps * (norm * x_norm + residual_norm))
     smallest = jnp.minimum(test.known_min, jnp.minimum(rayleigh, metric / step.ritz.low))
@@ -151,7 +154,7 @@ def after_step(
     borne_out = advance & (witness <= 6 * test.floor_of_singular * norm)
     status = jnp.where(unseen & borne_out, SINGULAR, status)
     at_rounding = jnp.abs(curvature) <= test.floor_of_singular * norm * p_dot_p
-    status = jnp.where(s.replace | advance, status, jnp.where(at_rounding, SINGULAR, INDEFINITE))
+    status = jnp.where(broken, jnp.where(at_rounding, SINGULAR, INDEFINITE), status)
     status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
     drifted = (deviation > jnp.sqrt(eps) * residual_norm) & (deviation > 10 * rounding)
     return Scalars(
