@@ -16,6 +16,8 @@ from curvax.operators._jacobian import fixed_point_jacobian as fixed_point_jacob
 from curvax.operators._jacobian import residual_jacobian as residual_jacobian
 from curvax.operators._kronecker import EigenKronecker as EigenKronecker
 from curvax.operators._kronecker import Kronecker as Kronecker
+from curvax.operators._kronecker_sum import KroneckerSum as KroneckerSum
+from curvax.operators._kronecker_sum import nearest_kronecker as nearest_kronecker
 from curvax.operators._low_rank import LowRankPlusDiagonal as LowRankPlusDiagonal
 from curvax.operators._structured import AbstractStructuredOperator as AbstractStructuredOperator
 from curvax.operators._toeplitz import Toeplitz as Toeplitz

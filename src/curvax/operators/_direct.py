@@ -5,6 +5,7 @@ import lineax as lx
 from curvax.operators._block_diagonal import BlockDiagonal
 from curvax.operators._damped import Damped, inverse_part, is_square
 from curvax.operators._kronecker import Kronecker
+from curvax.operators._kronecker_sum import KroneckerSum
 from curvax.operators._parts import untagged
 from curvax.operators._structured import AbstractStructuredOperator, is_symmetric
 from curvax.operators._toeplitz import Toeplitz
@@ -35,6 +36,8 @@ def _pays(operator: lx.AbstractLinearOperator) -> bool:
     part = untagged(operator)
     if isinstance(part, Kronecker):
         return all(is_square(factor) and _pays(factor) for factor in (part.left, part.right))
+    if isinstance(part, KroneckerSum):
+        return part.has_inverse and all(_pays(term) for term in part.terms)
     if isinstance(part, Damped):
         return _pays_damped(part.operator)
     if isinstance(part, BlockDiagonal):
@@ -51,6 +54,8 @@ def _pays_damped(operator: lx.AbstractLinearOperator) -> bool:
     part = untagged(operator)
     if isinstance(part, Kronecker):
         return _pays(part) and is_symmetric(part.left) and is_symmetric(part.right)
+    if isinstance(part, KroneckerSum):
+        return len(part.terms) == 1 and _pays_damped(part.terms[0])
     if isinstance(part, BlockDiagonal):
         return all(is_square(block) and _pays_damped(block) for block in part.parts)
     known = (AbstractStructuredOperator, lx.MatrixLinearOperator, *_BANDED)
