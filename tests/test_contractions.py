@@ -104,7 +104,7 @@ def test_custom_derivatives_survive(rng):
 
 def test_bf16_accumulates_as_before(rng):
     """`preferred_element_type` and precision belong to the product and are kept."""
-    w, x, y = data(rng, dtype=np.float32)
+    _, x, y = data(rng, dtype=np.float32)
 
     def program(a, b):
         return jax.lax.dot_general(
@@ -115,4 +115,10 @@ def test_bf16_accumulates_as_before(rng):
     fast = with_fast_contractions(program)(a, b)
     assert fast.dtype == jnp.float32
     np.testing.assert_allclose(fast, program(a, b), rtol=1e-6)
-    del w
+
+
+def test_left_alone_on_other_backends(rng, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    w, x, y = data(rng)
+    fast = with_fast_contractions(jax.grad(loss))
+    assert contractions(fast, w, x, y) == contractions(jax.grad(loss), w, x, y)

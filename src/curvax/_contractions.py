@@ -19,8 +19,8 @@ MOST_COLUMNS = 64
 def with_fast_contractions(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, with its narrow contractions over rows transposed; `fn` itself where that does not pay.
 
-    For functions that are called in loops: `fn` is traced once more to look for them. Functions inside loops of `fn`
-    are left as they are.
+    For functions of arrays that are called in loops: `fn` is traced once more to look for them. Functions inside loops
+    of `fn`, and inside of a `jit` with options, are left as they are; names of scopes are lost.
     """
 
     def call(*args: Any) -> Any:
@@ -48,8 +48,12 @@ def _is_narrow(equation: Any) -> bool:
 
 
 def _inlined(equation: Any) -> Any:
-    """The program of a nested `jit`, None for anything else."""
-    return equation.params["jaxpr"] if equation.primitive.name in ("jit", "pjit") else None
+    """The program of a nested `jit` without options, None for anything else."""
+    if equation.primitive.name not in ("jit", "pjit"):
+        return None
+    shardings = [*equation.params["in_shardings"], *equation.params["out_shardings"]]
+    plain = all(type(sharding).__name__ == "UnspecifiedValue" for sharding in shardings)
+    return equation.params["jaxpr"] if plain and not equation.params["compiler_options_kvs"] else None
 
 
 def _any_narrow(jaxpr: Any) -> bool:
@@ -64,7 +68,9 @@ def _evaluate(closed: Any, args: list[Any]) -> list[Any]:
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
-    for equation in jaxpr.eqns:
+    last_use = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if not isinstance(v, core.Literal)}
+    last_use |= dict.fromkeys((v for v in jaxpr.outvars if not isinstance(v, core.Literal)), len(jaxpr.eqns))
+    for i, equation in enumerate(jaxpr.eqns):
         operands, inner = [read(v) for v in equation.invars], _inlined(equation)
         if inner is not None and _any_narrow(inner.jaxpr):
             results = _evaluate(inner, operands)
@@ -77,6 +83,9 @@ def _evaluate(closed: Any, args: list[Any]) -> list[Any]:
                 )
             results = results if equation.primitive.multiple_results else [results]
         values.update(zip(equation.outvars, results, strict=True))
+        for v in {v for v in equation.invars if not isinstance(v, core.Literal)}:
+            if last_use[v] == i:  # what is not needed any more takes no memory where nothing is compiled
+                del values[v]
     return [read(v) for v in jaxpr.outvars]
 
 

@@ -1,5 +1,6 @@
 """Arithmetic on pytrees of arrays. `None` leaves are empty subtrees, as everywhere in JAX."""
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -64,6 +65,25 @@ def tree_dot(x: PyTree[Array], y: PyTree[Array]) -> Float[Array, ""]:
 def tree_norm(x: PyTree[Array]) -> Float[Array, ""]:
     """Euclidean norm over all leaves."""
     return jnp.sqrt(tree_dot(x, x))
+
+
+def tree_unit(x: PyTree[Array]) -> Float[Array, ""]:
+    """A power of two that brings the largest entry of x near one, so that squares neither vanish nor overflow.
+
+    1 where all entries are zero or one is not finite.
+    """
+    dtype = tree_dtype(x)
+    sizes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(x) if leaf.size]
+    largest = ft.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
+    kind, digits = {4: (jnp.uint32, 23), 8: (jnp.uint64, 52)}[jnp.dtype(dtype).itemsize]
+    most = kind(2 * jnp.finfo(dtype).maxexp - 2)  # twice the bias of the exponent
+    exponent = jax.lax.bitcast_convert_type(largest, kind) >> kind(digits)
+    opposite = jnp.clip(most - jnp.minimum(exponent, most - kind(1)), kind(1), most) << kind(digits)
+    unit = jax.lax.bitcast_convert_type(opposite, dtype)
+    # Within the range of every leaf.
+    widest = 2.0 ** min((int(jnp.finfo(leaf.dtype).maxexp) - 3 for leaf in jax.tree.leaves(x)), default=0)
+    unit = jnp.clip(unit, 1 / widest, widest)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), unit, 1)
 
 
 # A stack copies its vectors: above this size that costs more memory and time than the reductions cost to compile.

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import pytest
 import scipy.sparse
 
 from curvax.linear import Auto, Method, Reason
+from curvax.linear._bicgstab_core import bicgstab
 from helpers.matrices import indefinite, rotation_and_decay
 
 N = 200
@@ -77,6 +79,45 @@ def test_bicgstab_where_restarts_stall(rng):
     assert reason in (Reason.budget, Reason.stalled)
     assert solution.result == lx.RESULTS.successful
     assert np.linalg.norm(matrix @ solution.value - vector) <= 1e-8 * np.linalg.norm(vector)
+
+
+def test_false_symmetry_is_not_followed_for_long(rng):
+    """A symmetric block so large that the other one drowns in the rounding of the probe."""
+    root = rng.standard_normal((100, 100))
+    matrix = np.eye(300)
+    matrix[:100, :100] = 1e12 * (root @ root.T / 100 + np.eye(100))
+    matrix[100:, 100:] += 0.05 * rng.standard_normal((200, 200))
+    vector = rng.standard_normal(300)
+    solution, method, _ = _solve(_function(matrix), vector, restart=300)
+    assert solution.result == lx.RESULTS.successful
+    assert method == Method.gmres
+    assert int(solution.stats["num_steps"]) <= 2000  # thousands, if it were
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_bicgstab_in_float32(sign, rng):
+    """It knows no breakdown where inner products are merely negative."""
+    n = 300
+    matrix = (sign * (3 * np.eye(n) + rng.standard_normal((n, n)) / np.sqrt(n))).astype(np.float32)
+    vector = rng.standard_normal(n).astype(np.float32)
+    x, r, info = bicgstab(
+        lambda v: jnp.asarray(matrix) @ v,
+        jnp.asarray(vector),
+        jnp.zeros(n, jnp.float32),
+        jnp.asarray(vector),
+        target=jnp.asarray(3e-6 * np.linalg.norm(vector), jnp.float32),
+        max_steps=1000,
+    )
+    residual = np.linalg.norm(matrix.astype(float) @ np.asarray(x, float) - vector)
+    assert residual <= 1e-5 * np.linalg.norm(vector)
+    np.testing.assert_allclose(info.residual_norm, np.linalg.norm(r), rtol=1e-5)
+    assert 10 <= info.num_matvecs <= 120
+    # A breakdown in the first step, and one that nothing helps.
+    skew = jnp.asarray(np.kron(np.eye(3), [[0.0, 1.0], [-1.0, 0.0]]))
+    b = jnp.ones(6)
+    x, r, info = bicgstab(lambda v: skew @ v, b, jnp.zeros(6), b, target=jnp.asarray(1e-8), max_steps=1000)
+    assert info.stalled or info.residual_norm <= 1e-8
+    assert info.num_matvecs < 100 and np.all(np.isfinite(x))
 
 
 def test_zero_one_and_nothing():

@@ -21,6 +21,14 @@ CASES = {
     "CG negative": (linear.CG, -definite(N, 20.0), lx.negative_semidefinite_tag, {}, {"max_steps": 1}),
     "MINRES": (linear.MINRES, indefinite(N, 20.0), lx.symmetric_tag, {}, {"max_steps": 1}),
     "Neumann": (linear.Neumann, rotation_and_decay(N), (), {}, {"max_terms": 1}),
+    "FGMRES": (linear.FGMRES, rotation_and_decay(N), (), {"restart": 4}, {"max_steps": 1}),
+    "Refined": (
+        functools.partial(linear.Refined, linear.Auto(rtol=0.1, dense_size=0, fallback_size=0, restart=4)),
+        rotation_and_decay(N),
+        (),
+        {},
+        {"max_steps": 1},
+    ),
     "Auto Cholesky": (linear.Auto, definite(N, 20.0), lx.positive_semidefinite_tag, {}, {"rtol": 1e-30}),
     "Auto LU": (linear.Auto, rotation_and_decay(N), (), {}, {"rtol": 1e-30}),
     "Auto CG": (
@@ -114,7 +122,7 @@ def test_every_public_solver_has_a_case():
         for _, cls in inspect.getmembers(linear, inspect.isclass)
         if issubclass(cls, lx.AbstractLinearSolver) and not inspect.isabstract(cls)
     }
-    assert public == {case[0] for case in CASES.values()}
+    assert public == {getattr(case[0], "func", case[0]) for case in CASES.values()}
     assert all(cls.__module__.startswith("curvax.linear") and cls.__doc__ for cls in public)
 
 

@@ -79,6 +79,12 @@ def check_data(inner_data: Any, outer_data: Any, key: Any) -> None:
                 f"`{name}` must be a pytree of arrays or a sampler key -> batch, got the text {data!r}. Read the file "
                 "first."
             )
+        for path, leaf in jax.tree.leaves_with_path(data):
+            if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "biufcV":
+                raise TypeError(
+                    f"`{name}{jax.tree_util.keystr(path)}` is an array of {leaf.dtype}, which JAX cannot hold: encode "
+                    "text and objects as numbers first."
+                )
     names = [
         name for name, data in (("inner_data", inner_data), ("outer_data", outer_data)) if is_sampler(data)
     ]

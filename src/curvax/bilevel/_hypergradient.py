@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from curvax._pytree import strong, tree_dtype, tree_zeros_like
+from curvax._pytree import strong, tree_dtype, tree_norm, tree_zeros_like
 from curvax._results import RESULTS, describe
 from curvax.bilevel._data import is_sampler
 from curvax.bilevel._door import (
@@ -125,15 +125,29 @@ def _compiled(
     task = make_task(problem, phi, theta0, inner_solver, inner_data, outer_data, key)
     outcome: Outcome = rule.hypergradient(task, state)
     theta_static = eqx.filter(theta0, eqx.is_inexact_array, inverse=True)
+    grad = _cast_back(outcome.grad, phi)
     hypergradient = Hypergradient(
         value=outcome.value,
-        grad=_cast_back(outcome.grad, phi),
+        grad=grad,
         theta=eqx.combine(_cast_back(outcome.theta, theta0), theta_static),
         result=outcome.result,
-        stats=outcome.stats,
+        stats=_with_rounding(outcome.stats, outcome.grad, grad),
         state=eqx.tree_at(lambda s: s.key, outcome.state, next_key, is_leaf=lambda x: x is None),
     )
     return hypergradient, outcome.no_influence
+
+
+def _with_rounding(stats: Stats, grad: PyTree[Array], returned: PyTree[Array]) -> Stats:
+    """The error estimate with what the return in half precision adds to it; that is known exactly."""
+    if all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(returned), strict=True)):
+        return stats
+    rounding = tree_norm(jax.tree.map(lambda a, b: b.astype(a.dtype) - a, grad, returned))
+    norm = tree_norm(grad)
+    return eqx.tree_at(
+        lambda s: (s.error_estimate, s.relative_error),
+        stats,
+        (stats.error_estimate + rounding, stats.relative_error + rounding / jnp.where(norm > 0, norm, 1)),
+    )
 
 
 def hypergradient(

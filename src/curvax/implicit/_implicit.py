@@ -118,8 +118,14 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
         _nonnegative(self.damping, "damping")
         for name in ("rtol", "atol", "damping"):
             value = getattr(self, name)
-            if isinstance(value, str | bool | complex):
-                raise TypeError(f"`{name}` of `Implicit` must be a number, got {value!r}.")
+            if value is None and name == "rtol":
+                continue
+            if (
+                value is None
+                or isinstance(value, str | bool | complex | list | tuple | dict)
+                or jnp.ndim(value)
+            ):
+                raise TypeError(f"`{name}` of `Implicit` must be a number, a scalar, got {value!r}.")
         if isinstance(self.rtol, int | float) and not 0 <= self.rtol < 1:
             raise ValueError(f"`rtol` of `Implicit` must lie in [0, 1) or be None, got {self.rtol}.")
         if isinstance(self.max_sweeps, bool) or not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:
@@ -208,7 +214,7 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
     def num_recycled(self, theta: PyTree[Array], symmetric: bool) -> int:
         """As `recycle` says; by default up to 24 where they cost little memory and there is an estimate."""
         stage, _ = self._stage(theta, symmetric)
-        if isinstance(stage, DenseStage):
+        if isinstance(stage, DenseStage) and (symmetric or not self.recycle):
             return 0
         # Of a damped solve the directions are those of another matrix.
         undamped = isinstance(self.damping, int | float) and self.damping == 0

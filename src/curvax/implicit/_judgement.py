@@ -126,7 +126,7 @@ def decide(policy: Policy, c: Progress, measured: Measured, limits: Limits) -> D
     sweeps = c.sweeps + judged.astype(jnp.int32)
     warm = c.source == WARM
     estimate, rounding = _estimate(policy, c, found)
-    request = limits.atol + limits.rtol * c.kept.norm
+    request = limits.atol * c.unit + limits.rtol * c.kept.norm
     met = swept & (estimate <= request)
     least = 1 if policy.knows_its_error else 2
     limit = jnp.where(warm, max(WARM_SWEEPS, policy.max_sweeps), max(policy.max_sweeps, least))
@@ -138,7 +138,9 @@ def decide(policy: Policy, c: Progress, measured: Measured, limits: Limits) -> D
     before = 2 * jnp.maximum(c.residual, c.linear_residual) + 100 * policy.eps * highest * found.theta_norm
     diverged = (c.phase <= FIRST) & (c.polished > 0) & ~(found.inner_residual <= before)
     stopped = judged & (c.pending != RESULTS.successful)
-    over = RESULTS.where(rounding > request, RESULTS.precision_limited, RESULTS.inner_not_converged)
+    # A request below rounding level is to blame only where rounding is what the estimate is made of.
+    limited = (rounding > request) & (estimate <= 30 * rounding)
+    over = RESULTS.where(limited, RESULTS.precision_limited, RESULTS.inner_not_converged)
     why = RESULTS.where(nonfinite, RESULTS.nonfinite, RESULTS.where(stopped, c.pending, over))
     accepted = met & ~stopped & ~nonfinite
     failed = nonfinite | out_of_sweeps | diverged | stopped
@@ -237,6 +239,7 @@ def proceed(policy: Policy, c: Progress, d: Decision, info: StageInfo, limits: L
     highest = jnp.where(seen, jnp.maximum(c.curvature.highest, info.curvature_max), c.curvature.highest)
     ritz_min = jnp.minimum(c.curvature.ritz_min, jnp.where(info.ritz_min > 0, info.ritz_min, inf))
     return Progress(
+        unit=c.unit,
         kept=kept,
         phase=following.astype(jnp.int32),
         moved=retry | unreported | solved_theta,

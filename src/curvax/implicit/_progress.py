@@ -69,6 +69,7 @@ class Moves(NamedTuple):
 class Progress(NamedTuple):
     """Scalars that go from turn to turn."""
 
+    unit: Scalar  # power of two by which the outer loss is multiplied, 0 before its gradient is known
     kept: Kept
     phase: Int[Array, ""]
     moved: Bool[Array, ""]  # θ is another one than the one that is visited

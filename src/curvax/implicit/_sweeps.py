@@ -32,7 +32,9 @@ from curvax._pytree import (
     tree_gram,
     tree_neg,
     tree_norm,
+    tree_scale,
     tree_sub,
+    tree_unit,
     tree_where,
     tree_zeros_like,
 )
@@ -72,7 +74,7 @@ class _Carry(NamedTuple):
 
 
 class _Visit(NamedTuple):
-    """Everything about one θ."""
+    """Everything about one θ; the outer loss and its gradients in the unit."""
 
     at: Linearised
     value: Scalar
@@ -80,8 +82,11 @@ class _Visit(NamedTuple):
     outer_phi: PyTree[Array]
 
 
-def _visit(task: Task, theta: PyTree[Array], needed: Bool[Array, ""]) -> _Visit:
-    """Linearise at θ; the outer loss and its gradients only if `needed`, zeros otherwise."""
+def _visit(task: Task, theta: PyTree[Array], needed: Bool[Array, ""], unit: Scalar) -> tuple[_Visit, Scalar]:
+    """Linearise at θ; the outer loss and its gradients only if `needed`, zeros otherwise.
+
+    The first one that is needed sets the unit in which they are given, so that no norm of theirs vanishes.
+    """
     at = task.condition.linearise(theta, task.phi, task.inner_batch)
     value_and_grad = jax.value_and_grad(task.outer, argnums=(0, 1))
     dtype = tree_dtype((theta, task.phi))
@@ -93,7 +98,9 @@ def _visit(task: Task, theta: PyTree[Array], needed: Bool[Array, ""]) -> _Visit:
     # Written out: to ask `eval_shape` for it would trace the outer loss twice.
     nothing = jnp.zeros((), dtype), tree_zeros_like((theta, task.phi))
     value, (outer_theta, outer_phi) = run_if(needed, compute, nothing)
-    return _Visit(at, value, outer_theta, outer_phi)
+    unit = jnp.where((unit == 0) & needed, tree_unit((outer_theta, outer_phi)), unit)
+    value, outer_theta, outer_phi = tree_scale(unit, (value, outer_theta, outer_phi))
+    return _Visit(at, value, outer_theta, outer_phi), unit
 
 
 def _evaluate(
@@ -103,7 +110,7 @@ def _evaluate(
     dtype, at = visit.value.dtype, visit.at
     # Of a zero adjoint the products are known.
     nothing = tree_zeros_like((c.adjoint, visit.outer_phi))
-    needed = ~idle & (tree_norm(c.adjoint) > 0)
+    needed = ~idle & ~(tree_norm(c.adjoint) == 0)
     product, cross = run_if(needed, lambda _: at.transposed(c.adjoint), nothing)
     grad, adjoint_residual = tree_sub(visit.outer_phi, cross), tree_sub(visit.outer_theta, product)
     measured = Measured(
@@ -127,6 +134,7 @@ def _start(
     theta, adjoint = tree_where(state.warm, led, (task.theta0, tree_zeros_like(task.theta0)))
     no = jnp.asarray(False)
     progress = Progress(
+        unit=zero,
         kept=Kept(nan, nan, nan, nan, inf),
         phase=jnp.where(state.warm, POLISH, policy.after_inner).astype(jnp.int32),
         moved=jnp.asarray(True),
@@ -240,15 +248,20 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         progress = c.progress.tree
         solving = progress.source == INNER_NOW
         theta, inner_steps = run_if(solving, inner, (c.theta, progress.counts.inner_steps))
-        visit = _visit(task, theta, (progress.phase != POLISH) & (progress.phase != DONE))
+        needed = (progress.phase != POLISH) & (progress.phase != DONE)
+        visit, unit = _visit(task, theta, needed, progress.unit)
+        adjoint = tree_scale(jnp.where(progress.unit == unit, 1, unit), c.adjoint)
         here = progress._replace(
+            unit=unit,
             source=jnp.where(solving, INNER_DONE, progress.source).astype(jnp.int32),
             counts=progress.counts._replace(inner_steps=inner_steps),
             moved=jnp.asarray(False),
             tried=jnp.asarray(False),
         )
         return jax.lax.while_loop(
-            staying, lambda c: turn(c, visit), c._replace(theta=theta, progress=pack(here))
+            staying,
+            lambda c: turn(c, visit),
+            c._replace(theta=theta, adjoint=adjoint, progress=pack(here)),
         )
 
     def staying(c: _Carry) -> Bool[Array, ""]:
@@ -259,13 +272,23 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     return _outcome(task, state, end)
 
 
+def _in_true_units(
+    progress: Progress, grad: PyTree[Array], adjoint: PyTree[Array]
+) -> tuple[Kept, PyTree[Array], PyTree[Array]]:
+    """What is proportional to the outer loss, divided by the unit again."""
+    factor = 1 / jnp.where(progress.unit > 0, progress.unit, 1)
+    kept = tree_scale(factor, progress.kept)._replace(inner_residual=progress.kept.inner_residual)
+    return kept, tree_scale(factor, grad), tree_scale(factor, adjoint)
+
+
 def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
     """What the loop ended with, as the user sees it."""
     progress = end.progress.tree
-    kept, curvature, counts = progress.kept, progress.curvature, progress.counts
+    curvature, counts = progress.curvature, progress.counts
+    kept, grad, adjoint = _in_true_units(progress, end.grad, end.adjoint)
     nan = jnp.asarray(jnp.nan, kept.estimate.dtype)
     usable = progress.result == RESULTS.successful
-    no_influence, result = without_influence(task, end.grad, progress.result)
+    no_influence, result = without_influence(task, grad, progress.result)
     stats = Stats(
         inner_residual=kept.inner_residual,
         adjoint_residual=kept.adjoint_residual,
@@ -282,15 +305,15 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         recycled = maintain(end.recycled, counts.matvecs, counts.decades, state.warm, usable)
     trend = state.trend
     if trend is not None:
-        before, after = (state.theta, state.adjoint), (end.theta, end.adjoint)
+        before, after = (state.theta, state.adjoint), (end.theta, adjoint)
         trend = follow(trend, task.phi, before, after, state.warm & usable)
     new_state = State(
         theta=tree_where(usable, end.theta, tree_where(state.warm, state.theta, task.theta0)),
-        adjoint=tree_where(usable, end.adjoint, tree_zeros_like(end.adjoint)),
+        adjoint=tree_where(usable, adjoint, tree_zeros_like(adjoint)),
         curvature_min=curvature.ritz_min,
         warm=usable,
         trend=trend,
         recycled=recycled,
         key=state.key,
     )
-    return Outcome(kept.value, end.grad, end.point, result, stats, new_state, no_influence)
+    return Outcome(kept.value, grad, end.point, result, stats, new_state, no_influence)

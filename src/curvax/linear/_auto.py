@@ -12,13 +12,14 @@ from jaxtyping import Array, PyTree, Scalar
 from curvax._control import run_if
 from curvax._pytree import tree_all_finite, tree_size, tree_zeros_like
 from curvax.linear._auto_stages import (
+    Attempt,
     Method,
-    Progress,
     Reason,
     begin,
     bicgstab_stage,
     by_factors,
     cg_stage,
+    condition_of,
     gmres_stage,
     lu_stage,
     minres_stage,
@@ -33,6 +34,7 @@ from curvax.linear._system import (
     check_tolerances,
     conjugated_options,
     final_result,
+    in_units,
     is_symmetric,
     looks_symmetric,
     preconditioner_of,
@@ -48,6 +50,7 @@ class _State(eqx.Module):
     operator: lx.AbstractLinearOperator
     factorisation: Factorisation | None
     inverse: lx.AbstractLinearOperator | None
+    condition: Scalar | None  # where there is an inverse
 
 
 class Auto(lx.AbstractLinearSolver[_State]):
@@ -72,9 +75,9 @@ class Auto(lx.AbstractLinearSolver[_State]):
     are for factorisations.
 
     Success means ‖b − Ax‖ ≤ atol + rtol · ‖b‖ for the true residual, and that A is not singular to working
-    precision as far as was seen (condition number at most 1/(n·eps), estimated in the 1-norm for
-    factorisations, by Ritz values for CG). CG works to a relative *forward* error of `rtol`, the others to
-    the residual.
+    precision as far as was seen: condition number at most 1/(n·eps), estimated in the 1-norm, for factorisations,
+    at most 1/(10·eps), by two steps of the power method, for structures, and by Ritz values for CG. CG works to a
+    relative *forward* error of `rtol`, the others to the residual.
 
     Options of `lineax.linear_solve`: `preconditioner` (approximates A⁻¹; definite where A is symmetric) and `y0`, for
     the iterative methods; a factorisation needs neither.
@@ -142,9 +145,11 @@ class Auto(lx.AbstractLinearSolver[_State]):
         check_square("Auto", operator)
         inverse = structured_inverse(operator) if operator.in_size() > 0 else None
         if inverse is None and 0 < operator.in_size() <= self.dense_size:
-            return _State(operator, factorise(written_out(operator), sign_of(operator)), None)
-        return _State(lx.linearise(operator), None, inverse)
+            return _State(operator, factorise(written_out(operator), sign_of(operator)), None, None)
+        condition = None if inverse is None else condition_of(operator, inverse)
+        return _State(lx.linearise(operator), None, inverse, condition)
 
+    @in_units
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
@@ -156,7 +161,7 @@ class Auto(lx.AbstractLinearSolver[_State]):
         if state.factorisation is not None:
             end = by_factors(state.factorisation, vector)
         else:
-            end = self._iterate(state.operator, state.inverse, vector, target, options)
+            end = self._iterate(state, vector, target, options)
         failure = end.failure
         usable = ~end.singular & (failure != Reason.not_symmetric) & tree_all_finite(end.x)
         converged = (end.residual_norm <= target) & usable
@@ -173,13 +178,12 @@ class Auto(lx.AbstractLinearSolver[_State]):
 
     def _iterate(
         self,
-        operator: lx.AbstractLinearOperator,
-        inverse: lx.AbstractLinearOperator | None,
+        state: _State,
         vector: PyTree[Array],
         target: Scalar,
         options: dict[str, Any],
-    ) -> Progress:
-        size = tree_size(vector)
+    ) -> Attempt:
+        operator, size = state.operator, tree_size(vector)
         budget = default_max_steps(size) if self.max_steps is None else self.max_steps
         given, symmetric = options.get("preconditioner"), is_symmetric(operator)
         if symmetric and isinstance(given, lx.AbstractLinearOperator) and not is_symmetric(given):
@@ -192,7 +196,7 @@ class Auto(lx.AbstractLinearSolver[_State]):
         if symmetric and self.check_tags:
             trusted = looks_symmetric(operator.mv, vector)
             progress = progress._replace(num_matvecs=progress.num_matvecs + 2)
-        stages = self._stages(operator, inverse, vector, target, budget, options)
+        stages = self._stages(state, vector, target, budget, options)
         for stage in stages:
             needed = trusted & ~(progress.residual_norm <= target) & ~progress.singular
             progress = run_if(needed, stage, progress)
@@ -205,37 +209,40 @@ class Auto(lx.AbstractLinearSolver[_State]):
 
     def _stages(
         self,
-        operator: lx.AbstractLinearOperator,
-        inverse: lx.AbstractLinearOperator | None,
+        state: _State,
         vector: PyTree[Array],
         target: Scalar,
         budget: int,
         options: dict[str, Any],
-    ) -> list[Callable[[Progress], Progress]]:
+    ) -> list[Callable[[Attempt], Attempt]]:
         """What is tried, in this order, before the matrix is written out."""
+        operator, inverse, condition = state.operator, state.inverse, state.condition
         apply, given = operator.mv, options.get("preconditioner")
         budgeted = (target, budget, preconditioner_of("Auto", operator, options))
         minres = ft.partial(minres_stage, apply, vector)
-        stages: list[Callable[[Progress], Progress]] = []
-        if inverse is not None:
-            stages.append(lambda p: structured_stage(operator, inverse, vector, p, target))
+        stages: list[Callable[[Attempt], Attempt]] = []
+        if inverse is not None and condition is not None:
+            stages.append(lambda p: structured_stage(operator, inverse, condition, vector, p, target))
         if sign_of(operator):
             stages.append(lambda p: cg_stage(operator, vector, p, *budgeted))
         if is_symmetric(operator):
             return [*stages, lambda p: minres(p, *budgeted)]
-        if self.probe and (given is None or is_symmetric(given)):
+        size = tree_size(vector)
+        if self.probe and (given is None or lx.is_positive_semidefinite(given)):
+            # The probe is no proof: no more steps than a symmetric operator would mostly need.
+            most = min(budget, max(4 * self.restart, 3 * size))
 
-            def if_symmetric(p: Progress) -> Progress:
+            def if_symmetric(p: Attempt) -> Attempt:
                 asked = p._replace(num_matvecs=p.num_matvecs + 2)
-                return run_if(looks_symmetric(apply, vector), lambda p: minres(p, *budgeted), asked)
+                attempt = lambda p: minres(p, target, most, budgeted[2])  # noqa: E731
+                return run_if(looks_symmetric(apply, vector), attempt, asked)
 
             stages.append(if_symmetric)
-        size = tree_size(vector)
         for length, method in ((self.restart, Method.gmres), (4 * self.restart, Method.gmres_long)):
             if method == Method.gmres or size > self.restart:
                 stages.append(ft.partial(self._gmres, apply, vector, budgeted, length, method))
         if size > self.fallback_size:
-            stages.append(lambda p: bicgstab_stage(apply, vector, p, target, budget, given))
+            stages.append(lambda p: bicgstab_stage(apply, vector, p, *budgeted))
         return stages
 
     def _gmres(
@@ -245,19 +252,20 @@ class Auto(lx.AbstractLinearSolver[_State]):
         budgeted: tuple[Scalar, int, MatVec | None],
         length: int,
         method: Method,
-        progress: Progress,
-    ) -> Progress:
+        progress: Attempt,
+    ) -> Attempt:
         return gmres_stage(apply, vector, progress, *budgeted, length, method)
 
     def transpose(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
         """The factors are read the other way; the operator is transposed."""
         factorisation = None if state.factorisation is None else state.factorisation.transpose()
         inverse = None if state.inverse is None else state.inverse.transpose()
-        return _State(state.operator.transpose(), factorisation, inverse), transposed_options(options)
+        transposed = _State(state.operator.transpose(), factorisation, inverse, state.condition)
+        return transposed, transposed_options(options)
 
     def conj(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
         """Real operators are their own conjugates."""
-        same = _State(lx.conj(state.operator), state.factorisation, state.inverse)
+        same = _State(lx.conj(state.operator), state.factorisation, state.inverse, state.condition)
         return same, conjugated_options(options)
 
     def assume_full_rank(self) -> bool:

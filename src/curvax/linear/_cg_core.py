@@ -20,8 +20,10 @@ from curvax._pytree import (
     tree_gram,
     tree_neg,
     tree_norm,
+    tree_scale,
     tree_size,
     tree_sub,
+    tree_unit,
     tree_where,
     tree_zeros_like,
 )
@@ -33,7 +35,8 @@ from curvax.linear._cg_scalars import (
     RUNNING,
     Ritz,
     Scalars,
-    Test,
+    Squares,
+    StoppingTest,
     after_step,
     step_length,
 )
@@ -120,6 +123,8 @@ def conjugate_gradient(
     preconditioned residuals, an estimate of λmin(M), and 1/scale for recycled directions. With M = I this is the
     test above, so that the error is that of x in the 2-norm in every case.
 
+    The system is solved in units in which the right-hand side is near one, a power of two, so that no square vanishes.
+
     The recursive residual drifts from b − Ax. The drift is estimated as the loop runs (van der Vorst
     & Ye, "Residual replacement strategies for Krylov subspace iterative methods", 2000), counts in the
     stopping test, and when it matters one step is spent on computing the true residual.
@@ -147,11 +152,14 @@ def conjugate_gradient(
     """
     dtype = tree_dtype(rhs)
     inf, zero, one = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
+    unit = tree_unit(rhs if reference is None else (rhs, reference))
+    rhs = tree_scale(unit, rhs)
+    reference = None if reference is None else tree_scale(unit, reference)
     rhs_norm = tree_norm(rhs)
     test = pack(
-        Test(
+        StoppingTest(
             rtol=jnp.asarray(rtol, dtype),
-            atol=jnp.asarray(atol, dtype),
+            atol=jnp.asarray(atol, dtype) * unit,
             rhs_norm=rhs_norm,
             known_min=inf if curvature_min is None else curvature_min.astype(dtype),
             amplified=jnp.asarray(amplified),
@@ -211,14 +219,17 @@ def conjugate_gradient(
         replace = c.packed.tree.replace
         # One product serves both kinds of step, so that the compiler sees the operator once.
         product = matvec(tree_where(replace, c.x, c.p))
-        products: Any = sum(tree_gram(c.p, product))
+        pairs: Any = sum(tree_gram(c.p, product))
+        products = pairs[0, 0], pairs[0, 1], pairs[1, 1]
         packed_step = in_one_kernel(step_length)(c.packed, products)
         step = packed_step.tree
         x = tree_axpy(step.alpha, c.p, c.x)
         # An ordinary step: r − αAp; a replacement: b − Ax.
         r = tree_axpy(jnp.where(replace, -1, -step.alpha), product, tree_where(replace, rhs, c.r))
         total = x if reference is None else tree_add(reference, x)
-        vectors: Any = sum(tree_gram(x, r, rhs, total))
+        grams: Any = sum(tree_gram(x, r, rhs, total))
+        # Only what is read: of large vectors the other products are then not computed.
+        vectors = Squares(grams[0, 0], grams[1, 1], grams[3, 3], grams[0, 2])
         z, measured = r, None
         if not plain:
             z, gamma, seen = preconditioned(r)
@@ -248,9 +259,9 @@ def conjugate_gradient(
         kept = merged(recycled, last.fresh, lowest if preconditioner is None else end.rayleigh, highest)
     info = CGInfo(
         num_matvecs=end.num_matvecs,
-        residual=last.r,
-        residual_norm=jnp.sqrt(end.gamma) if plain else tree_norm(last.r),
-        solution_norm=end.x_norm,
+        residual=tree_scale(1 / unit, last.r),
+        residual_norm=(jnp.sqrt(end.gamma) if plain else tree_norm(last.r)) / unit,
+        solution_norm=end.x_norm / unit,
         curvature_min=1 / end.ritz.low,
         curvature_max=end.ritz.high,
         norm=highest,
@@ -260,7 +271,7 @@ def conjugate_gradient(
         recycled=kept,
         decades=zero if recycled is None else 0.5 * jnp.log10(gamma / end.gamma),
     )
-    return last.x, info
+    return tree_scale(1 / unit, last.x), info
 
 
 def negated(matvec: MatVec) -> MatVec:

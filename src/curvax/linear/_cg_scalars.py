@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Scalar
+from jaxtyping import Array, Bool, Int, Scalar
 
 # How a run stands. Everything above RUNNING stops the loop.
 RUNNING, CONVERGED, PRECISION_LIMITED, SINGULAR, INDEFINITE, NONFINITE = range(6)
@@ -54,7 +54,16 @@ class Step(NamedTuple):
     norm: Scalar
 
 
-class Test(NamedTuple):
+class Squares(NamedTuple):
+    """Squares of the iterate, the residual and the total that the error is relative to."""
+
+    x: Scalar
+    r: Scalar
+    total: Scalar
+    x_energy: Scalar  # xᵀb = xᵀAx, because r ⟂ x
+
+
+class StoppingTest(NamedTuple):
     """When a run is to stop: see `conjugate_gradient`."""
 
     rtol: Scalar
@@ -87,9 +96,9 @@ def _update_ritz(ritz: Ritz, alpha: Scalar, beta: Scalar) -> Ritz:
     return Ritz(low, s * tau + c * omega, omega, jnp.maximum(ritz.high, row), 1 / alpha)
 
 
-def step_length(s: Scalars, products: Float[Array, "2 2"]) -> Step:
-    """The step along p, from the inner products of p and Ap; 0 along a direction without positive curvature."""
-    p_dot_p, curvature, product_squared = squares = products[0, 0], products[0, 1], products[1, 1]
+def step_length(s: Scalars, squares: tuple[Scalar, Scalar, Scalar]) -> Step:
+    """The step along p, from pᵀp, pᵀAp and ‖Ap‖²; 0 along a direction without positive curvature."""
+    p_dot_p, curvature, product_squared = squares
     norm = jnp.where(s.replace, s.norm, jnp.maximum(s.norm, jnp.sqrt(product_squared / p_dot_p)))
     advance = ~s.replace & (curvature > 0)
     alpha = jnp.where(advance, s.gamma / curvature, 0)
@@ -101,8 +110,8 @@ def step_length(s: Scalars, products: Float[Array, "2 2"]) -> Step:
 def after_step(
     s: Scalars,
     step: Step,
-    vectors: Float[Array, "4 4"],
-    test: Test,
+    squares: Squares,
+    test: StoppingTest,
     preconditioned: tuple[Scalar, Scalar | None] | None,
 ) -> Scalars:
     """The scalars of the next turn.
@@ -110,20 +119,20 @@ def after_step(
     Args:
         s: Those of this turn.
         step: The step that was taken.
-        vectors: Inner products of x, r, b and the total that the error is relative to.
+        squares: Of the vectors after the step.
         test: When to stop.
         preconditioned: rᵀM⁻¹r and zᵀMz/zᵀz, None where there is nothing but the identity; the second is None where
             directions are recycled and nothing else.
     """
     (p_dot_p, curvature, product_squared), advance, norm = step.squares, step.advance, step.norm
-    eps = jnp.finfo(vectors.dtype).eps
-    gamma, metric = vectors[1, 1], s.metric
+    dtype = squares.r.dtype
+    eps = jnp.finfo(dtype).eps
+    gamma, metric = squares.r, s.metric
     if preconditioned is not None:
         gamma, seen = preconditioned
         metric = metric if seen is None else jnp.minimum(metric, seen)
-    x_norm, residual_norm, total_norm = (jnp.sqrt(vectors[i, i]) for i in (0, 1, 3))
-    x_energy = vectors[0, 2]  # xᵀb = xᵀAx, because r ⟂ x
-    own_rayleigh = x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
+    x_norm, residual_norm, total_norm = (jnp.sqrt(square) for square in squares[:3])
+    own_rayleigh = squares.x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
     witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, jnp.inf))
     rayleigh = s.rayleigh
     if preconditioned is not None:
@@ -139,7 +148,7 @@ def after_step(
     direction = jnp.where(s.replace, s.direction, gamma + beta * beta * s.direction)
     shrink = jnp.sqrt(gamma / direction)
     # A direction with a small eigenvalue may not have shown itself in one or two steps.
-    wanted = test.rtol * jnp.where(s.num_matvecs < 3, 0.1, 1.0).astype(vectors.dtype)
+    wanted = test.rtol * jnp.where(s.num_matvecs < 3, 0.1, 1.0).astype(dtype)
     tighten = jnp.where(test.amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
     measured = residual_norm if preconditioned is None else jnp.sqrt(metric * gamma)
     met = shrink * measured + deviation <= smallest * tighten * jnp.maximum(wanted * total_norm, test.atol)

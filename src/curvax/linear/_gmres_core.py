@@ -1,4 +1,4 @@
-"""Restarted GMRES over pytrees, for use inside `Auto`.
+"""Restarted GMRES over pytrees, for `FGMRES` and inside `Auto`.
 
 Lineax has a public GMRES. It tests convergence at restarts only, entry by entry against |b|, so that a
 zero entry of b with atol = 0 can never pass (or passes as NaN); here each step has the Euclidean norm
@@ -28,6 +28,9 @@ class GMRESInfo(NamedTuple):
 
 class _Cycle(NamedTuple):
     basis: Float[Array, "m1 n"]
+    directions: (
+        Float[Array, "m n"] | None
+    )  # the basis preconditioned, where that may differ from step to step
     triangle: Float[Array, "m m"]  # R of the QR factorisation of the Hessenberg matrix, by columns
     cosines: Float[Array, " m"]
     sines: Float[Array, " m"]
@@ -49,14 +52,21 @@ def _rotate(
 
 
 def _cycle(
-    apply: MatVec, r: Float[Array, " n"], target: Scalar, restart: int, budget: Int[Array, ""]
-) -> tuple[Float[Array, " m"], Float[Array, "m1 n"], Int[Array, ""]]:
-    """One Arnoldi cycle from residual r: coefficients of the correction, its basis, the steps taken."""
+    matvec: MatVec,
+    precondition: MatVec,
+    r: Float[Array, " n"],
+    target: Scalar,
+    restart: int,
+    budget: Int[Array, ""],
+    flexible: bool,
+) -> tuple[Float[Array, " n"], Int[Array, ""]]:
+    """One Arnoldi cycle from residual r: the correction, and the steps taken."""
     dtype = r.dtype
     eps = jnp.finfo(dtype).eps
     norm = jnp.linalg.norm(r)
     begin = _Cycle(
         basis=jnp.zeros((restart + 1, r.size), dtype).at[0].set(r / jnp.where(norm > 0, norm, 1)),
+        directions=jnp.zeros((restart, r.size), dtype) if flexible else None,
         triangle=jnp.eye(restart, dtype=dtype),
         cosines=jnp.zeros((restart,), dtype),
         sines=jnp.zeros((restart,), dtype),
@@ -67,7 +77,8 @@ def _cycle(
 
     def body(c: _Cycle) -> _Cycle:
         k = c.steps
-        w = apply(c.basis[k])
+        z = precondition(c.basis[k])
+        w = matvec(z)
         length = jnp.linalg.norm(w)
         # Gram–Schmidt twice: orthogonal to working precision, and only matrix–vector work.
         first = c.basis @ w
@@ -91,6 +102,7 @@ def _cycle(
         mask = jnp.arange(restart) <= k
         return _Cycle(
             basis=c.basis.at[k + 1].set(jnp.where(height > 0, w / jnp.where(height > 0, height, 1), 0)),
+            directions=None if c.directions is None else c.directions.at[k].set(z),
             triangle=c.triangle.at[:, k].set(jnp.where(mask, new, 0)),
             cosines=c.cosines.at[k].set(cosine),
             sines=c.sines.at[k].set(sine),
@@ -104,7 +116,10 @@ def _cycle(
 
     end = jax.lax.while_loop(unfinished, body, begin)
     used = jnp.where(jnp.arange(restart) < end.steps, end.rotated[:-1], 0)
-    return jax.scipy.linalg.solve_triangular(end.triangle, used), end.basis, end.steps
+    coefficients = jax.scipy.linalg.solve_triangular(end.triangle, used)
+    if end.directions is None:
+        return precondition(coefficients @ end.basis[:-1]), end.steps
+    return coefficients @ end.directions, end.steps
 
 
 class _Carry(NamedTuple):
@@ -126,22 +141,23 @@ def gmres(
     max_steps: Int[Array, ""] | int,
     restart: int,
     preconditioner: MatVec | None = None,
+    flexible: bool = False,
 ) -> tuple[PyTree[Array], PyTree[Array], GMRESInfo]:
     """Improve x, whose residual is r = b − Ax, until the true residual norm is at most `target`.
 
-    Preconditioned from the right, so that the residual is that of the system itself. Returns x, its residual
-    and a `GMRESInfo`.
+    Preconditioned from the right, so that the residual is that of the system itself; `flexible` for one that is
+    not the same linear map in every step. Returns x, its residual and a `GMRESInfo`.
 
     Source: Y. Saad, M. H. Schultz, "GMRES: a generalized minimal residual algorithm", SIAM J. Sci. Stat.
-    Comput. 7, 1986. Cost: one product a step and one a cycle; restart + 1 vectors.
+    Comput. 7, 1986; flexible: Y. Saad, "A flexible inner-outer preconditioned GMRES algorithm", SIAM J. Sci. Comput.
+    14, 1993. Cost: one product a step and one a cycle; restart + 1 vectors, twice as many if flexible.
     """
     dtype = tree_dtype(r)
     structure = structure_of(r)
     restart = min(restart, tree_size(r))
-    precondition: MatVec = preconditioner if preconditioner is not None else lambda v: v
 
-    def apply(v: Float[Array, " n"]) -> Float[Array, " n"]:
-        return ravel(matvec(precondition(unravel(v, structure))), dtype)
+    def flat(apply: MatVec | None) -> MatVec:
+        return lambda v: v if apply is None else ravel(apply(unravel(v, structure)), dtype)
 
     norm = tree_norm(r)
     no = jnp.asarray(False)
@@ -151,10 +167,16 @@ def gmres(
         return ~(c.residual_norm <= target) & ~c.stalled & ~c.nonfinite & (c.num_matvecs < max_steps)
 
     def body(c: _Carry) -> _Carry:
-        coefficients, basis, steps = _cycle(
-            apply, ravel(c.r, dtype), 0.9 * target, restart, max_steps - c.num_matvecs
+        correction, steps = _cycle(
+            flat(matvec),
+            flat(preconditioner),
+            ravel(c.r, dtype),
+            0.9 * target,
+            restart,
+            max_steps - c.num_matvecs,
+            flexible,
         )
-        x = tree_add(c.x, precondition(unravel(coefficients @ basis[:-1], structure)))
+        x = tree_add(c.x, unravel(correction, structure))
         r = tree_sub(rhs, matvec(x))
         residual_norm = tree_norm(r)
         better = residual_norm < c.residual_norm

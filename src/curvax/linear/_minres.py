@@ -13,6 +13,7 @@ from curvax.linear._system import (
     check_tolerances,
     conjugated_options,
     final_result,
+    in_units,
     is_symmetric,
     preconditioner_of,
     start_and_residual,
@@ -88,6 +89,7 @@ class MINRES(lx.AbstractLinearSolver[_State]):
             )
         return lx.linearise(operator)
 
+    @in_units
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:

@@ -14,6 +14,7 @@ from curvax.linear._system import (
     check_tolerances,
     conjugated_options,
     final_result,
+    in_units,
     preconditioner_of,
     start_and_residual,
     tolerance,
@@ -113,6 +114,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
 
         return operator, series_step(apply, operator.in_size(), dtype)[0]
 
+    @in_units
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:

@@ -1,8 +1,10 @@
 """What the solvers of this room share: checks, options, and work that runs only when it is needed."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -13,13 +15,44 @@ from curvax._pytree import (
     tree_dtype,
     tree_generic_like,
     tree_norm,
+    tree_scale,
     tree_size,
     tree_sub,
+    tree_unit,
     tree_where,
     tree_zeros_like,
 )
 
 MatVec = Callable[[PyTree[Array]], PyTree[Array]]
+
+
+_Compute = Callable[
+    [Any, Any, PyTree[Array], dict[str, Any]], tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]
+]
+
+
+def in_units(compute: _Compute) -> _Compute:
+    """`compute` of a linear solver in units in which the right-hand side is near one: no square vanishes or overflows.
+
+    The unit is a power of two, so that no digit changes. It scales `y0`, the solver's `atol` and the `residual_norm` of
+    the statistics as well.
+    """
+
+    @ft.wraps(compute)
+    def scaled(
+        self: Any, state: Any, vector: PyTree[Array], options: dict[str, Any]
+    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+        y0 = options.get("y0")
+        unit = tree_unit(vector if y0 is None else (vector, y0))
+        if y0 is not None:
+            options = options | {"y0": tree_scale(unit, y0)}
+        if not (isinstance(self.atol, int | float) and self.atol == 0):
+            self = eqx.tree_at(lambda solver: solver.atol, self, self.atol * unit)
+        value, result, stats = compute(self, state, tree_scale(unit, vector), options)
+        factor = 1 / unit
+        return tree_scale(factor, value), result, stats | {"residual_norm": factor * stats["residual_norm"]}
+
+    return scaled
 
 
 def check_square(name: str, operator: lx.AbstractLinearOperator) -> None:

@@ -28,19 +28,20 @@ _IMPLIED_BY = {
 _TRUE_OF_ONE = (lx.is_diagonal, lx.is_tridiagonal, lx.is_lower_triangular, lx.is_upper_triangular)
 
 
-def register(cls: type, *, one_by_one: bool = False) -> None:
+def register(cls: type, *, own_diagonal: bool = False, one_by_one: bool = False) -> None:
     """Teach Lineax a class of real operators that has `mv`, `as_matrix`, `tags` and the structures.
 
-    A method `diagonal` is used where there is one. Any single answer can be registered anew after this.
+    Any single answer can be registered anew after this.
 
     Args:
         cls: The class; its subclasses inherit what is registered here.
+        own_diagonal: Whether it has a method `diagonal`.
         one_by_one: Whether an operator of one row and one column counts as diagonal though it has no tag.
     """
     lx.linearise.register(cls, lambda operator: operator)
     lx.conj.register(cls, lambda operator: operator)
     lx.materialise.register(cls, _materialise)
-    lx.diagonal.register(cls, _diagonal)
+    lx.diagonal.register(cls, (lambda operator: operator.diagonal()) if own_diagonal else _diagonal)
     lx.tridiagonal.register(cls, _tridiagonal)
     for question, tags in _IMPLIED_BY.items():
         question.register(cls, _answer(frozenset(tags), one_by_one and question in _TRUE_OF_ONE))
@@ -57,7 +58,7 @@ def _materialise(operator: Any) -> lx.AbstractLinearOperator:
 
 
 def _diagonal(operator: Any) -> Array:
-    return operator.diagonal() if hasattr(operator, "diagonal") else jnp.diagonal(operator.as_matrix())
+    return jnp.diagonal(operator.as_matrix())
 
 
 def _tridiagonal(operator: Any) -> tuple[Array, Array, Array]:

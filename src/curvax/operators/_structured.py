@@ -86,4 +86,4 @@ def check_power(operator: lx.AbstractLinearOperator, exponent: float) -> None:
         )
 
 
-register(AbstractStructuredOperator)
+register(AbstractStructuredOperator, own_diagonal=True)

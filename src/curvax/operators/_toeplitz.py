@@ -290,7 +290,7 @@ def _fast_length(minimum: int) -> int:
     return best
 
 
-register(ToeplitzInverse)
+register(ToeplitzInverse, own_diagonal=True)
 
 
 @lx.materialise.register(ToeplitzInverse)

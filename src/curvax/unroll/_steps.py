@@ -94,7 +94,9 @@ class Steps(eqx.Module):
         ) -> tuple[tuple[PyTree[Array], Any], None]:
             point, state = carry
             data = batch(step_key)
-            value, grad = with_fast_contractions(jax.value_and_grad(loss))(point, data)
+            # The data may hold more than arrays, which a trace would not leave as they are.
+            gradient = with_fast_contractions(lambda p: jax.value_and_grad(loss)(p, data))
+            value, grad = gradient(point)
             updates, state = transformation.update(
                 grad, state, point, value=value, grad=grad, value_fn=lambda p: loss(p, data)
             )
