@@ -25,7 +25,7 @@ _FAILED = (
 class LowRankSolution(eqx.Module):
     """X = left @ right.T of a Sylvester equation, and how good it is.
 
-    Args:
+    Attributes:
         left: Array (n, K) for K = steps allowed × columns a step. The columns come in falling order of their
             contribution to X; those from `rank` on are zero.
         right: Array (m, K), likewise.
