@@ -1,5 +1,6 @@
 """Settings of the whole suite: float64 on, strict promotion, fixed seeds, no compilation left over."""
 
+import gc
 import os
 import zlib
 
@@ -42,6 +43,8 @@ def _free_compilations():
     """Drop the executables of a module after it: in one process they would pile up to gigabytes."""
     yield
     jax.clear_caches()
+    # Executables hang in cycles of references.
+    gc.collect()
 
 
 @pytest.fixture

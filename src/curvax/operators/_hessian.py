@@ -74,7 +74,7 @@ def hessian(
     Raises:
         ValueError: θ has no floating-point leaf, or a complex one, or `fn` is not scalar.
 
-    Cost: one product is 1.4–1.6 gradients on an MLP, 0.9 on a softmax regression (measured, CPU), and
+    Cost: one product is 1.4–1.6 gradients on an MLP, 0.6 on a softmax regression (measured, CPU), and
     a small multiple of the gradient's memory. `lx.linearise` (which every Lineax solver calls) keeps
     the gradient's own work outside the solver's loop. In straight-line code XLA does so anyway and
     the times are equal; through a `scan` it cannot, and linearising is 1.2–1.4 times faster for twice
