@@ -10,11 +10,10 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from curvax._pytree import stop_gradient, tree_add, tree_dtype, tree_scale, tree_sub
+from curvax.linear._slots import EXACT, along, flat, mixed
 from curvax.operators._base import as_arrays
 from curvax.operators._dense import dense_matrix
 from curvax.operators._dispatch import register
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 class LBFGSPreconditioner(lx.AbstractLinearOperator):
@@ -40,9 +39,9 @@ class LBFGSPreconditioner(lx.AbstractLinearOperator):
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """H v, in four passes over the pairs."""
-        inside = jnp.matmul(self.mix, along(self.steps, vector), precision=_EXACT)
+        inside = jnp.matmul(self.mix, along(self.steps, vector), precision=EXACT)
         rest = tree_scale(self.scale, tree_sub(vector, mixed(inside, self.changes)))
-        back = jnp.matmul(inside - along(self.changes, rest), self.mix, precision=_EXACT)
+        back = jnp.matmul(inside - along(self.changes, rest), self.mix, precision=EXACT)
         return tree_add(rest, mixed(back, self.steps))
 
     def as_matrix(self) -> Float[Array, "n n"]:
@@ -153,7 +152,7 @@ def lbfgs(
     used &= jnp.isfinite(stretch)
     steps, changes = _scaled((steps, changes), used, jax.lax.rsqrt(jnp.where(used, curvature, 1)))
 
-    products = _total(lambda s, y: jnp.matmul(s, y.T, precision=_EXACT), steps, changes, dtype=dtype)
+    products = _total(lambda s, y: jnp.matmul(s, y.T, precision=EXACT), steps, changes, dtype=dtype)
     eye = jnp.eye(num_slots, dtype=dtype)
     mix = jax.scipy.linalg.solve_triangular(jnp.triu(products, 1) + eye, eye, lower=False)
     if scale is None:
@@ -163,31 +162,9 @@ def lbfgs(
     return LBFGSPreconditioner(steps, changes, mix, jnp.where(scale > 0, scale, jnp.nan), used)
 
 
-def along(slots: PyTree[Array], vector: PyTree[Array]) -> Float[Array, " m"]:
-    """The inner products of a vector with every slot, in `tree_dtype`."""
-    dtype = tree_dtype(vector)
-    terms = jax.tree.map(
-        lambda a, v: jnp.matmul(_flat(a), v.ravel(), precision=_EXACT).astype(dtype), slots, vector
-    )
-    return sum(jax.tree.leaves(terms), start=jnp.zeros((), dtype))
-
-
-def mixed(weights: Float[Array, " m"], slots: PyTree[Array]) -> PyTree[Array]:
-    """The sum of the slots with these weights."""
-
-    def leaf(a: Array) -> Array:
-        return jnp.matmul(weights.astype(a.dtype), _flat(a), precision=_EXACT).reshape(a.shape[1:])
-
-    return jax.tree.map(leaf, slots)
-
-
-def _flat(slots: Array) -> Float[Array, "m n"]:
-    return slots.reshape(slots.shape[0], -1)
-
-
 def _total(leaf: Callable[..., Array], *trees: PyTree[Array], dtype: Any, by: Any = jnp.add) -> Array:
     """What `leaf` says of flattened slots, over all leaves."""
-    terms = jax.tree.leaves(jax.tree.map(lambda *a: leaf(*(_flat(x).astype(dtype) for x in a)), *trees))
+    terms = jax.tree.leaves(jax.tree.map(lambda *a: leaf(*(flat(x).astype(dtype) for x in a)), *trees))
     total = terms[0]
     for term in terms[1:]:
         total = by(total, term)

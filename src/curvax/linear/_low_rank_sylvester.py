@@ -175,7 +175,7 @@ def _solve(
 @_solve.def_jvp
 def _refuse(primals: Any, tangents: Any) -> Any:
     del primals, tangents
-    raise NotImplementedError(
+    raise TypeError(
         "A low-rank solution of a Sylvester or Lyapunov equation has no derivative. For one, pass the right-hand "
         "side as an array; or apply `jax.lax.stop_gradient` to the arguments."
     )

@@ -11,12 +11,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from curvax._pytree import stop_gradient, tree_add, tree_dtype, tree_scale, tree_sub
 from curvax.linear._jacobi import check_count, check_key, check_system
-from curvax.linear._lbfgs import along, mixed
+from curvax.linear._slots import EXACT, along, mixed
 from curvax.operators._damped import check_damping
 from curvax.operators._dense import dense_matrix, ravel, unravel
 from curvax.operators._dispatch import register
 
-_EXACT = jax.lax.Precision.HIGHEST
 # Columns pushed through the operator at once: each carries its own copy of the activations.
 _CHUNK = 16
 # By default the rank may grow to this multiple of the first one.
@@ -277,7 +276,7 @@ def _approximation(
     slots, dtype = omega.shape[0], omega.dtype
     used = jnp.arange(slots, dtype=count.dtype) < count
     omega = jnp.where(used[:, None], omega, 0)
-    core = jnp.matmul(omega, sketch.T, precision=_EXACT)
+    core = jnp.matmul(omega, sketch.T, precision=EXACT)
     tiny, eps = jnp.finfo(dtype).tiny, jnp.finfo(dtype).eps
     rounding = jnp.maximum(eps * jnp.linalg.norm(sketch), 0.5 * jnp.linalg.norm(core - core.T))
     zero = rounding < tiny  # A is zero as far as numbers go
@@ -285,11 +284,11 @@ def _approximation(
     energies, mix = jnp.linalg.eigh(0.5 * (core + core.T))
     indefinite = energies[0] < -_NEGATIVE * rounding
     factor, triangle = jnp.linalg.qr((sketch + shift * omega).T)
-    inner = jnp.matmul(triangle, mix, precision=_EXACT) * jax.lax.rsqrt(jnp.maximum(energies, 0) + shift)
-    squares, rotation = jnp.linalg.eigh(jnp.matmul(inner, inner.T, precision=_EXACT))
+    inner = jnp.matmul(triangle, mix, precision=EXACT) * jax.lax.rsqrt(jnp.maximum(energies, 0) + shift)
+    squares, rotation = jnp.linalg.eigh(jnp.matmul(inner, inner.T, precision=EXACT))
     values = jnp.maximum(squares[::-1] - shift, 0)
     values = jnp.where(used & ~zero, values, 0)
-    basis = jnp.where(used[:, None], jnp.matmul(rotation[:, ::-1].T, factor.T, precision=_EXACT), 0)
+    basis = jnp.where(used[:, None], jnp.matmul(rotation[:, ::-1].T, factor.T, precision=EXACT), 0)
     damping = jnp.maximum(jnp.maximum(mu, rounding), tiny)
     return _LowRank(basis, jnp.where(indefinite, jnp.nan, values), damping, rounding)
 
@@ -312,9 +311,9 @@ def _estimated(
     def step(c: tuple[Array, Array, Array], _: Any) -> tuple[tuple[Array, Array, Array], None]:
         vector, _, lowest = c
         image = product(vector)
-        lowest = jnp.minimum(lowest, jnp.vdot(vector, image, precision=_EXACT))
-        inside = low_rank.values * jnp.matmul(low_rank.basis, vector, precision=_EXACT)
-        image = image - jnp.matmul(inside, low_rank.basis, precision=_EXACT)
+        lowest = jnp.minimum(lowest, jnp.vdot(vector, image, precision=EXACT))
+        inside = low_rank.values * jnp.matmul(low_rank.basis, vector, precision=EXACT)
+        image = image - jnp.matmul(inside, low_rank.basis, precision=EXACT)
         norm = jnp.linalg.norm(image)
         return (jnp.where(norm > 0, image / jnp.where(norm > 0, norm, 1), vector), norm, lowest), None
 

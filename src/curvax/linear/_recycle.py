@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from curvax._control import run_if
 from curvax._pytree import tree_add, tree_dot, tree_dtype, tree_scale, tree_sub
+from curvax.linear._slots import EXACT, along, flat, mixed
 
 # A direction is kept when this share of its energy is new: what is left of one that is not is rounding and drift.
 MIN_NEW = 0.5
@@ -18,8 +19,6 @@ MIN_NEW = 0.5
 STALE = 1.5
 # Below so many decades of residual, over all its solves, a call says nothing of how well they go.
 FEWEST_DECADES = 3.0
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 class Recycled(eqx.Module):
@@ -74,7 +73,7 @@ def trial(kept: Recycled) -> PyTree[Array]:
     """
     bits = (jnp.arange(_capacity(kept), dtype=jnp.uint32) * jnp.uint32(2654435769)) >> 31
     signs = jnp.where(_in_use(kept), jnp.where(bits == 1, 1, -1), 0).astype(kept.scale.dtype)
-    return _mixed(signs, kept.products)
+    return mixed(signs, kept.products)
 
 
 def still_fits(decades: Scalar, ritz: Scalar) -> Bool[Array, ""]:
@@ -108,39 +107,16 @@ def maintain(
     return forget_if(stale | ~usable, eqx.tree_at(lambda k: k.least_effort, kept, least))
 
 
-def _flat(slots: Array) -> Array:
-    return slots.reshape(slots.shape[0], -1)
-
-
 def _products(a: PyTree[Array], b: PyTree[Array], dtype: Any) -> Float[Array, "m n"]:
     """All inner products of two lists of vectors."""
-    return _summed(lambda x, y: jnp.matmul(_flat(x), _flat(y).T, precision=_EXACT), a, b, dtype=dtype)
+    products = jax.tree.map(lambda x, y: jnp.matmul(flat(x), flat(y).T, precision=EXACT), a, b)
+    terms = [term.astype(dtype) for term in jax.tree.leaves(products)]
+    return sum(terms[1:], start=terms[0])
 
 
 def _along(slots: PyTree[Array], vector: PyTree[Array], used: Bool[Array, " m"]) -> Float[Array, " m"]:
     """The inner products of a vector with the slots in use."""
-    total = _summed(
-        lambda x, v: jnp.matmul(_flat(x), v.ravel(), precision=_EXACT),
-        slots,
-        vector,
-        dtype=tree_dtype(vector),
-    )
-    return jnp.where(used, total, 0)
-
-
-def _summed(leaf: Callable[..., Array], *trees: PyTree[Array], dtype: Any) -> Array:
-    terms = [term.astype(dtype) for term in jax.tree.leaves(jax.tree.map(leaf, *trees))]
-    return sum(terms[1:], start=terms[0])
-
-
-def _mixed(weights: Float[Array, "*k m"], slots: PyTree[Array]) -> PyTree[Array]:
-    """Sums of the slots, one for every row of weights; a slot that is not in use has weight 0."""
-
-    def leaf(slot: Array) -> Array:
-        total = jnp.matmul(weights.astype(slot.dtype), _flat(slot), precision=_EXACT)
-        return total.reshape(*weights.shape[:-1], *slot.shape[1:])
-
-    return jax.tree.map(leaf, slots)
+    return jnp.where(used, along(slots, vector), 0)
 
 
 def _capacity(slots: "Recycled | Fresh") -> int:
@@ -164,10 +140,10 @@ def deflated(
     """
     used = _in_use(kept)
     inside = _along(kept.directions, r, used)
-    rest = tree_sub(r, _mixed(inside, kept.products))
+    rest = tree_sub(r, mixed(inside, kept.products))
     outside = tree_scale(kept.scale, rest) if base is None else base(rest)
     weights = inside - _along(kept.products, outside, used)
-    z = tree_add(outside, _mixed(weights, kept.directions))
+    z = tree_add(outside, mixed(weights, kept.directions))
     return z, rest, outside, jnp.sum(inside * inside)
 
 
@@ -232,8 +208,8 @@ def _merge(kept: Recycled, fresh: Fresh) -> Recycled:
     """Make the new directions conjugate to the old ones and to each other, drop what is not new, and append."""
     dtype = kept.scale.dtype
     overlap = jnp.where(_in_use(kept), _products(fresh.directions, kept.products, dtype), 0)  # (new, old)
-    u = tree_sub(fresh.directions, _mixed(overlap, kept.directions))
-    w = tree_sub(fresh.products, _mixed(overlap, kept.products))
+    u = tree_sub(fresh.directions, mixed(overlap, kept.directions))
+    w = tree_sub(fresh.products, mixed(overlap, kept.products))
     energies = _products(u, w, dtype)
     # Symmetric up to what A has changed. The eigenvectors are conjugate, their eigenvalues the share that is new.
     shares, mix = jnp.linalg.eigh(0.5 * (energies + energies.T))
@@ -243,7 +219,7 @@ def _merge(kept: Recycled, fresh: Fresh) -> Recycled:
     num_new = jnp.sum(new).astype(kept.count.dtype)
 
     def append(old: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
-        new = _mixed(weights[:-1], added)  # without the slot of what is not kept
+        new = mixed(weights[:-1], added)  # without the slot of what is not kept
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, kept.count, 0), old, new)
 
     last = jnp.maximum(fresh.count - 1, 0)

@@ -12,7 +12,7 @@ from curvax._pytree import tree_add, tree_norm, tree_scale, tree_sub, tree_where
 from curvax.linear._doubled import doubled_residual, two_sum
 from curvax.linear._system import check_square, check_tolerances, final_result, in_units, start, tolerance
 from curvax.operators._dense import ravel, structure_of, unravel
-from curvax.operators._parts import untagged
+from curvax.operators._parts import tags_of, untagged
 
 _DTYPES = ("bfloat16", "float32", "float64")
 
@@ -232,7 +232,7 @@ def _cast(operator: lx.AbstractLinearOperator, name: str) -> lx.AbstractLinearOp
         entries = part.matrix.astype(dtype)
         structure = jax.ShapeDtypeStruct((entries.shape[1],), jnp.float32)
         product = lambda v: jnp.matmul(entries, v.astype(dtype), preferred_element_type=jnp.float32)  # noqa: E731
-        return lx.FunctionLinearOperator(product, structure, _tags(operator))
+        return lx.FunctionLinearOperator(product, structure, tags_of(operator))
     lower = lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf  # noqa: E731
     cast = jax.tree.map(lower, operator)
     # An operator whose function closes over data, or whose structure is fixed, keeps its precision.
@@ -248,15 +248,6 @@ def _cast(operator: lx.AbstractLinearOperator, name: str) -> lx.AbstractLinearOp
             "`lx.MatrixLinearOperator`, or leave `inner_dtype` out."
         )
     return cast
-
-
-def _tags(operator: lx.AbstractLinearOperator) -> frozenset[object]:
-    known = (
-        (lx.is_positive_semidefinite, lx.positive_semidefinite_tag),
-        (lx.is_negative_semidefinite, lx.negative_semidefinite_tag),
-        (lx.is_symmetric, lx.symmetric_tag),
-    )
-    return frozenset(tag for check, tag in known if check(operator))
 
 
 def _cast_options(options: dict[str, Any], name: str | None) -> dict[str, Any]:

@@ -178,8 +178,7 @@ class EigenKronecker(AbstractStructuredOperator):
 
     def mv(self, vector: Float[Array, "m n"]) -> Float[Array, "m n"]:
         """U (S ∘ UᵀXV) Vᵀ."""
-        inside = jnp.linalg.multi_dot([self.left.T, vector, self.right], precision=EXACT)
-        return jnp.linalg.multi_dot([self.left, self.values * inside, self.right.T], precision=EXACT)
+        return congruence(self.left, self.right, self.values, vector)
 
     def transpose(self) -> "EigenKronecker":
         """Itself."""
@@ -217,6 +216,17 @@ class EigenKronecker(AbstractStructuredOperator):
     def diagonal(self) -> Float[Array, " mn"]:
         """(U∘U) S (V∘V)ᵀ, raveled."""
         return jnp.linalg.multi_dot([self.left**2, self.values, (self.right**2).T], precision=EXACT).ravel()
+
+
+def congruence(
+    left: Float[Array, "m m"],
+    right: Float[Array, "n n"],
+    values: Float[Array, "m n"],
+    vector: Float[Array, "m n"],
+) -> Float[Array, "m n"]:
+    """(P ⊗ Q) diag(S) (P ⊗ Q)ᵀ V, for any square P and Q."""
+    inside = jnp.linalg.multi_dot([left.T, vector, right], precision=EXACT)
+    return jnp.linalg.multi_dot([left, values * inside, right.T], precision=EXACT)
 
 
 def _common_tags(left: frozenset[object], right: frozenset[object]) -> frozenset[object]:

@@ -13,7 +13,7 @@ from curvax.operators._base import as_tags
 from curvax.operators._dense import dense_matrix
 from curvax.operators._dispatch import register
 from curvax.operators._factorisation import written_out
-from curvax.operators._kronecker import Kronecker
+from curvax.operators._kronecker import Kronecker, congruence
 from curvax.operators._parts import EXACT, tags_of
 from curvax.operators._structured import AbstractStructuredOperator, is_symmetric
 
@@ -218,8 +218,7 @@ class _Congruence(lx.AbstractLinearOperator):
 
     def mv(self, vector: Float[Array, "m n"]) -> Float[Array, "m n"]:
         """P (S ∘ PᵀVQ) Qᵀ."""
-        inside = jnp.linalg.multi_dot([self.left.T, vector, self.right], precision=EXACT)
-        return jnp.linalg.multi_dot([self.left, self.values * inside, self.right.T], precision=EXACT)
+        return congruence(self.left, self.right, self.values, vector)
 
     def as_matrix(self) -> Array:
         """The matrix over raveled vectors. Raises `ValueError` above a size limit."""
