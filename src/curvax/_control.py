@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 _T = TypeVar("_T")
+_S = TypeVar("_S")
 
 
 def run_if(needed: Bool[Array, ""], compute: Callable[[_T], _T], otherwise: _T) -> _T:
@@ -24,39 +26,74 @@ def run_if(needed: Bool[Array, ""], compute: Callable[[_T], _T], otherwise: _T) 
     )[1]
 
 
+class _Place(NamedTuple):
+    """Where a leaf is kept: which part of which array."""
+
+    array: int
+    part: int
+
+
 class Packed(eqx.Module, Generic[_T]):
-    """A tree of scalars and tiny arrays, held in one array for each dtype."""
+    """A tree of scalars and tiny arrays, held in one array for each dtype; Python numbers in it are constants."""
 
     arrays: tuple[Array, ...]
     structure: Any = eqx.field(static=True)
+    places: tuple[_Place | bool | int | float, ...] = eqx.field(static=True)  # of the leaves
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = eqx.field(static=True)  # of the parts of every array
-    order: tuple[int, ...] = eqx.field(static=True)  # leaf ↦ its place among all parts
+
+    # Primitives in what follows, since indexing is slow to trace and this is done a lot.
 
     @property
     def tree(self) -> _T:
         """What was packed."""
-        # Primitives, since indexing is slow to trace and this is done a lot.
-        parts: list[Array] = []
-        for array, shapes in zip(self.arrays, self.shapes, strict=True):
-            pieces = jax.lax.split(array, [math.prod(shape) for shape in shapes])
-            parts += [jax.lax.reshape(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
-        return cast(_T, jax.tree.unflatten(self.structure, [parts[place] for place in self.order]))
+        split = [
+            jax.lax.split(array, [math.prod(shape) for shape in shapes])
+            for array, shapes in zip(self.arrays, self.shapes, strict=True)
+        ]
+        leaves = [
+            jax.lax.reshape(split[place.array][place.part], self.shapes[place.array][place.part])
+            if isinstance(place, _Place)
+            else place
+            for place in self.places
+        ]
+        return cast(_T, jax.tree.unflatten(self.structure, leaves))
+
+    def pick(self, select: Callable[[_T], _S]) -> _S:
+        """The part of it that `select` takes out; what else there is costs nothing."""
+
+        def leaf(index: int) -> Any:
+            place = self.places[index]
+            if not isinstance(place, _Place):
+                return place
+            shapes = self.shapes[place.array]
+            start = sum(math.prod(shape) for shape in shapes[: place.part])
+            end = start + math.prod(shapes[place.part])
+            taken = jax.lax.slice(self.arrays[place.array], (start,), (end,))
+            return jax.lax.reshape(taken, shapes[place.part])
+
+        chosen = select(jax.tree.unflatten(self.structure, range(len(self.places))))
+        return cast(_S, jax.tree.map(leaf, chosen))
 
 
 def pack(tree: _T) -> Packed[_T]:
     """One array for each dtype."""
     leaves, structure = jax.tree.flatten(tree)
-    leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
-    groups: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        groups.setdefault(leaf.dtype, []).append(i)
+    groups: dict[Any, list[Array]] = {}
+    found: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, bool | int | float):
+            found.append(leaf)
+            continue
+        array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        parts = groups.setdefault(array.dtype, [])
+        found.append(_Place(list(groups).index(array.dtype), len(parts)))
+        parts.append(array)
     arrays = tuple(
-        jax.lax.concatenate([jax.lax.reshape(leaves[i], (leaves[i].size,)) for i in group], 0)
-        for group in groups.values()
+        jax.lax.concatenate([jax.lax.reshape(part, (part.size,)) for part in parts], 0)
+        for parts in groups.values()
     )
-    places = {i: place for place, i in enumerate(i for group in groups.values() for i in group)}
-    shapes = tuple(tuple(leaves[i].shape for i in group) for group in groups.values())
-    return Packed(arrays, structure, shapes, tuple(places[i] for i in range(len(leaves))))
+    shapes = tuple(tuple(part.shape for part in parts) for parts in groups.values())
+    return Packed(arrays, structure, tuple(found), shapes)
 
 
 def in_one_kernel(fn: Callable[..., _T]) -> Callable[..., Packed[_T]]:
@@ -77,7 +114,11 @@ def in_one_kernel(fn: Callable[..., _T]) -> Callable[..., Packed[_T]]:
             return unpacked(*args)
         closed, like = jax.make_jaxpr(unpacked, return_shape=True)(*args)
         run = jax.extend.core.jaxpr_as_fun(closed)
-        nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like)]
+        # Overwritten. XLA makes a kernel for zeros, as for any other pattern that it knows.
+        nothing = [
+            (np.arange(leaf.size) ** 2 % 97 + 3).astype(leaf.dtype).reshape(leaf.shape)
+            for leaf in jax.tree.leaves(like)
+        ]
         once = jax.lax.optimization_barrier(jnp.asarray(True))
         leaves = jax.lax.while_loop(
             lambda carry: carry[0],

@@ -1,12 +1,15 @@
 """Arithmetic on pytrees of arrays. `None` leaves are empty subtrees, as everywhere in JAX."""
 
 import functools as ft
+from collections.abc import Collection
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
+
+from curvax._control import in_one_kernel
 
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -41,8 +44,10 @@ def tree_zeros_like(x: PyTree) -> PyTree[Array]:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
 
 
-def tree_where(pred: Bool[Array, ""], x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
-    """`x` if `pred` else `y`, leaf by leaf."""
+def tree_where(pred: Bool[Array, ""] | bool, x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
+    """`x` if `pred` else `y`, leaf by leaf; nothing is traced where `pred` is a Python boolean."""
+    if isinstance(pred, bool):
+        return x if pred else y
     return jax.tree.map(lambda a, b: jnp.where(pred, a, b), x, y)
 
 
@@ -74,15 +79,20 @@ def tree_unit(x: PyTree[Array]) -> Float[Array, ""]:
     """
     dtype = tree_dtype(x)
     sizes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(x) if leaf.size]
-    largest = ft.reduce(jnp.maximum, sizes, jnp.zeros((), dtype))
-    kind, digits = {4: (jnp.uint32, 23), 8: (jnp.uint64, 52)}[jnp.dtype(dtype).itemsize]
-    most = kind(2 * jnp.finfo(dtype).maxexp - 2)  # twice the bias of the exponent
+    if not sizes:
+        return jnp.ones((), dtype)
+    # Within the range of every leaf.
+    widest = 2.0 ** min(int(jnp.finfo(leaf.dtype).maxexp) - 3 for leaf in jax.tree.leaves(x))
+    return in_one_kernel(ft.partial(_unit, widest))(ft.reduce(jnp.maximum, sizes)).tree
+
+
+def _unit(widest: float, largest: Scalar) -> Scalar:
+    """1/`largest` rounded to a power of two between 1/`widest` and `widest`."""
+    kind, digits = {4: (jnp.uint32, 23), 8: (jnp.uint64, 52)}[largest.dtype.itemsize]
+    most = kind(2 * jnp.finfo(largest.dtype).maxexp - 2)  # twice the bias of the exponent
     exponent = jax.lax.bitcast_convert_type(largest, kind) >> kind(digits)
     opposite = jnp.clip(most - jnp.minimum(exponent, most - kind(1)), kind(1), most) << kind(digits)
-    unit = jax.lax.bitcast_convert_type(opposite, dtype)
-    # Within the range of every leaf.
-    widest = 2.0 ** min((int(jnp.finfo(leaf.dtype).maxexp) - 3 for leaf in jax.tree.leaves(x)), default=0)
-    unit = jnp.clip(unit, 1 / widest, widest)
+    unit = jnp.clip(jax.lax.bitcast_convert_type(opposite, largest.dtype), 1 / widest, widest)
     return jnp.where((largest > 0) & jnp.isfinite(largest), unit, 1)
 
 
@@ -90,25 +100,33 @@ def tree_unit(x: PyTree[Array]) -> Float[Array, ""]:
 _STACKED_SIZE = 16384
 
 
-def tree_gram(*vectors: PyTree[Array], dtype: Any = None) -> list[Array]:
-    """Gram matrices of the vectors, one a leaf; their sum is the Gram matrix over all leaves.
+def tree_gram(
+    *vectors: PyTree[Array], wanted: Collection[tuple[int, int]] | None = None, dtype: Any = None
+) -> Float[Array, "n n"]:
+    """Gram matrix of the vectors over all leaves; of large ones only the entries that are `wanted`, zeros elsewhere.
 
     One stacked product instead of a reduction for every pair: on CPU each reduction is two or three kernels to
-    compile, and these would be most of the compile time of an iterative solver.
+    compile, and these would be most of the compile time of an iterative solver. The matrix as a whole is for
+    `in_one_kernel`: every entry taken out of it before is a kernel too.
     """
     dtype = tree_dtype(vectors) if dtype is None else dtype
+    indices = range(len(vectors))
 
     def leaf(*arrays: Array) -> Array:
         if arrays[0].size > _STACKED_SIZE:
             flat = [a.astype(dtype).ravel() for a in arrays]
-            pairs = {(i, j): jnp.sum(flat[i] * flat[j]) for i in range(len(flat)) for j in range(i + 1)}
-            return jnp.stack(
-                [jnp.stack([pairs[max(i, j), min(i, j)] for j in range(len(flat))]) for i in range(len(flat))]
-            )
+            nothing = jnp.zeros((), dtype)
+            pairs = {
+                (i, j): jnp.sum(flat[i] * flat[j]) if wanted is None or (i, j) in wanted else nothing
+                for i in indices
+                for j in indices
+                if i <= j
+            }
+            return jnp.stack([jnp.stack([pairs[min(i, j), max(i, j)] for j in indices]) for i in indices])
         stacked = jnp.stack([a.astype(dtype).ravel() for a in arrays])
         return jnp.matmul(stacked, stacked.T, precision=jax.lax.Precision.HIGHEST)
 
-    return jax.tree.leaves(jax.tree.map(leaf, *vectors))
+    return sum(jax.tree.leaves(jax.tree.map(leaf, *vectors)), start=jnp.zeros((), dtype))
 
 
 def tree_size(x: PyTree) -> int:

@@ -217,6 +217,9 @@ def hypergradient(
         if throw:  # without it nothing raises: the result says `nonfinite`
             check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
         state = initial_state(problem, phi, theta0, inner_solver=inner_solver, rule=rule, key=key)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((phi, theta0, inner_data))):
+            # In a program of the user's this call is a cold one for good; called directly, the next is a warm one.
+            state = State(**{**vars(state), "warm": False})
     _check_state(state, phi, theta0)
     state = _with_room(
         state, theta0, rule.num_recycled(split(theta0, "theta0")[0], problem.condition.symmetric)

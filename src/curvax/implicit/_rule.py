@@ -45,7 +45,8 @@ class State(eqx.Module):
         theta: Inner solution after the last correction; inexact arrays only, half precision promoted.
         adjoint: Adjoint vector, like `theta`.
         curvature_min: Smallest Ritz value seen; infinite where none was.
-        warm: Whether the fields above hold anything.
+        warm: Whether the fields above hold anything. A Python False where that is known while tracing: then nothing
+            that serves a warm start is compiled.
         trend: The last step of phi and what it changed, to start the next call where that leads; None for rules
             that solve to the end from any start.
         recycled: Directions that earlier solves left behind, as a preconditioner; None where nothing is recycled.
@@ -55,7 +56,7 @@ class State(eqx.Module):
     theta: PyTree[Array]
     adjoint: PyTree[Array]
     curvature_min: Float[Array, ""]
-    warm: Bool[Array, ""]
+    warm: Bool[Array, ""] | bool
     trend: Trend | None
     recycled: Recycled | None
     key: Array | None

@@ -41,19 +41,21 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     inner_norm = tree_norm(at.residual)
     start = tree_where(state.warm, state.adjoint, tree_zeros_like(task.theta0))
 
-    rhs = tree_axpy(-accuracy.damping, start, tree_sub(outer_theta, at.transposed(start)[0]))
+    rhs, products, cold = outer_theta, 1, state.warm is False
+    if not cold:
+        rhs, products = tree_axpy(-accuracy.damping, start, tree_sub(rhs, at.transposed(start)[0])), 2
     request = Request(
         rhs=rhs,
         wanted=jnp.asarray(True),
         transposed=jnp.asarray(True),
         correction=jnp.asarray(False),
         probing=jnp.asarray(False),
-        amplified=jnp.asarray(False),
+        amplified=False,
         rtol=accuracy.adjoint_rtol,
-        atol=jnp.zeros((), dtype),
+        atol=0.0,
         damping=accuracy.damping,
-        reference=start,
-        curvature_min=jnp.where(state.warm, state.curvature_min.astype(dtype), inf),
+        reference=None if cold else start,
+        curvature_min=None if cold else jnp.where(state.warm, state.curvature_min.astype(dtype), inf),
         recycled=None,
         moved=jnp.asarray(False),
     )
@@ -84,7 +86,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         adjoint_residual=residual_norm,
         error_estimate=nan,
         relative_error=nan,
-        num_matvecs=2 + info.num_matvecs.astype(jnp.int32),
+        num_matvecs=products + info.num_matvecs.astype(jnp.int32),
         num_sweeps=jnp.asarray(0, jnp.int32),
         num_inner_steps=inner_steps.astype(jnp.int32),
         curvature_min=jnp.where(info.num_matvecs > 0, info.curvature_min, nan),

@@ -68,9 +68,9 @@ class StageInfo(NamedTuple):
 class Request(NamedTuple):
     """One solve: A x = b or Aᵀ x = b, plus `damping` on the diagonal, to a forward error `rtol` or `atol`.
 
-    `reference` is what x will be added to when the error is to be relative to the sum (else zeros); `recycled` has the
-    directions of earlier solves, to be put to the test first where A has `moved`. Where `probing` a few steps look for
-    negative curvature.
+    `reference` is what x will be added to when the error is to be relative to the sum, else None or zeros; `recycled`
+    has the directions of earlier solves, to be put to the test first where A has `moved`. Where `probing` a few steps
+    look for negative curvature.
     """
 
     rhs: PyTree[Array]
@@ -78,14 +78,19 @@ class Request(NamedTuple):
     transposed: Bool[Array, ""]
     correction: Bool[Array, ""]
     probing: Bool[Array, ""]
-    amplified: Bool[Array, ""]
+    amplified: Bool[Array, ""] | bool
     rtol: Scalar
-    atol: Scalar
+    atol: Scalar | float
     damping: Scalar
-    reference: PyTree[Array]
-    curvature_min: Scalar
+    reference: PyTree[Array] | None
+    curvature_min: Scalar | None
     recycled: Recycled | None
     moved: Bool[Array, ""]
+
+    def undamped(self, x: PyTree[Array], residual: PyTree[Array]) -> PyTree[Array]:
+        """The residual of the system without damping at `reference + x`, from that of the damped one."""
+        total = x if self.reference is None else tree_add(self.reference, x)
+        return tree_axpy(self.damping, total, residual)
 
 
 class AbstractStage(eqx.Module):
@@ -175,9 +180,7 @@ class ConjugateGradientStage(AbstractStage):
             curvature_min=info.lowest if operator is None else info.rayleigh,
             curvature_max=info.curvature_max if plain else info.norm,
             solution_norm=info.solution_norm,
-            residual_norm=tree_norm(
-                tree_axpy(request.damping, tree_add(request.reference, x), info.residual)
-            ),
+            residual_norm=tree_norm(request.undamped(x, info.residual)),
             singular=wanted & (info.status == SINGULAR),
             indefinite=wanted & (info.status == INDEFINITE),
             exhausted=wanted & (info.status == RUNNING),
@@ -267,11 +270,11 @@ class DenseStage(AbstractStage):
         x = unravel(jnp.matmul(right, jnp.matmul(left.T, rhs, precision=exact) / safe, precision=exact))
         wanted = request.wanted
         applied = jnp.matmul(
-            jnp.where(request.transposed, columns, columns.T),
+            jnp.where(request.transposed, matrix.T, matrix),
             jax.flatten_util.ravel_pytree(x)[0],
             precision=exact,
         )
-        residual = tree_axpy(request.damping, request.reference, tree_sub(request.rhs, unravel(applied)))
+        residual = request.undamped(x, tree_sub(request.rhs, unravel(applied)))
         return x, StageInfo(
             num_matvecs=jnp.where(wanted, size, 0),
             ritz_min=smallest,

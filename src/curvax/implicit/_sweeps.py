@@ -63,6 +63,9 @@ from curvax.implicit._stage import AbstractStage, Request
 from curvax.implicit._trend import extrapolate, follow
 from curvax.linear._recycle import Recycled, forget_if, maintain
 
+# Entries of a Gram matrix that are read.
+_SQUARES = [(i, i) for i in range(4)]
+
 
 class _Carry(NamedTuple):
     theta: PyTree[Array]
@@ -115,8 +118,8 @@ def _evaluate(
     grad, adjoint_residual = tree_sub(visit.outer_phi, cross), tree_sub(visit.outer_theta, product)
     measured = Measured(
         value=visit.value,
-        residuals=sum(tree_gram(at.residual, adjoint_residual, c.theta, c.adjoint, dtype=dtype)),  # type: ignore[arg-type]
-        hyper=sum(tree_gram(tree_sub(grad, c.grad), cross, grad, dtype=dtype)),  # type: ignore[arg-type]
+        residuals=tree_gram(at.residual, adjoint_residual, c.theta, c.adjoint, wanted=_SQUARES, dtype=dtype),
+        hyper=tree_gram(tree_sub(grad, c.grad), cross, grad, wanted=_SQUARES, dtype=dtype),
         products=needed.astype(jnp.int32),
     )
     return grad, adjoint_residual, measured
@@ -129,7 +132,7 @@ def _start(
     dtype = limits.rtol.dtype
     inf, nan, zero = (jnp.asarray(value, dtype) for value in (jnp.inf, jnp.nan, 0.0))
     led = state.theta, state.adjoint
-    if state.trend is not None:
+    if state.trend is not None and state.warm is not False:
         led = extrapolate(state.trend, task.phi, *led)
     theta, adjoint = tree_where(state.warm, led, (task.theta0, tree_zeros_like(task.theta0)))
     no = jnp.asarray(False)
@@ -159,7 +162,7 @@ def _start(
         adjoint=adjoint,
         grad=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi),
         point=theta,
-        recycled=None if before is None else forget_if(~state.warm, before),
+        recycled=None if before is None else forget_if(jnp.logical_not(state.warm), before),
         progress=pack(progress),
     )
 
@@ -215,7 +218,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             reference=tree_where(d.correction, zero_theta, c.adjoint),
             curvature_min=d.curvature_min,
             recycled=c.recycled,
-            moved=~c.progress.tree.tried,
+            moved=~c.progress.pick(lambda p: p.tried),
         )
         x, info = stage.solve(visit.at, request, (task.rebuild(c.theta), task.args))
         # θ and φ may differ in precision; what is known about them is kept in the higher one.
@@ -226,11 +229,11 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         return x, scalars, info.recycled
 
     def turn(c: _Carry, visit: _Visit) -> _Carry:
-        grad, adjoint_residual, measured = _evaluate(c, visit, c.progress.tree.phase == POLISH)
+        grad, adjoint_residual, measured = _evaluate(c, visit, c.progress.pick(lambda p: p.phase) == POLISH)
         decision = decides(c.progress, measured, packed_limits)
         x, info, recycled = solve(c, visit, adjoint_residual, decision.tree)
         progress = proceeds(c.progress, decision, info, packed_limits)
-        moves = progress.tree.moves
+        moves = progress.pick(lambda p: p.moves)
         theta = tree_where(moves.theta, tree_add(c.theta, x), c.theta)
         adjoint = tree_where(moves.adjoint, tree_add(c.adjoint, x), c.adjoint)
         kept = tree_where(moves.keep, grad, c.grad)
@@ -265,10 +268,10 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         )
 
     def staying(c: _Carry) -> Bool[Array, ""]:
-        progress = c.progress.tree
-        return ~progress.moved & (progress.phase != DONE)
+        moved, phase = c.progress.pick(lambda p: (p.moved, p.phase))
+        return ~moved & (phase != DONE)
 
-    end = jax.lax.while_loop(lambda c: c.progress.tree.phase != DONE, stay, init)
+    end = jax.lax.while_loop(lambda c: c.progress.pick(lambda p: p.phase) != DONE, stay, init)
     return _outcome(task, state, end)
 
 

@@ -6,16 +6,17 @@ Everything that solves with a symmetric curvature in this library runs this loop
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from curvax._control import Packed, in_one_kernel, pack
+from curvax._control import Packed, in_one_kernel
 from curvax._pytree import (
     tree_add,
     tree_axpy,
+    tree_dot,
     tree_dtype,
     tree_gram,
     tree_neg,
@@ -29,15 +30,14 @@ from curvax._pytree import (
 )
 from curvax.linear._cg_scalars import (
     CONVERGED,
-    INDEFINITE,
-    NONFINITE,
     PRECISION_LIMITED,
     RUNNING,
-    Ritz,
+    SQUARES,
+    Known,
     Scalars,
-    Squares,
     StoppingTest,
     after_step,
+    before_first,
     step_length,
 )
 from curvax.linear._recycle import Fresh, Recycled, deflated, keep, merged, no_fresh
@@ -155,16 +155,12 @@ def conjugate_gradient(
     unit = tree_unit(rhs if reference is None else (rhs, reference))
     rhs = tree_scale(unit, rhs)
     reference = None if reference is None else tree_scale(unit, reference)
-    rhs_norm = tree_norm(rhs)
-    test = pack(
-        StoppingTest(
-            rtol=jnp.asarray(rtol, dtype),
-            atol=jnp.asarray(atol, dtype) * unit,
-            rhs_norm=rhs_norm,
-            known_min=inf if curvature_min is None else curvature_min.astype(dtype),
-            amplified=jnp.asarray(amplified),
-            floor_of_singular=jnp.asarray(max(tree_size(rhs), 4) ** 0.5 * jnp.finfo(dtype).eps, dtype),
-        )
+    test = StoppingTest(
+        rtol=rtol if isinstance(rtol, float) else jnp.asarray(rtol, dtype),
+        atol=0.0 if isinstance(atol, float) and atol == 0 else jnp.asarray(atol, dtype) * unit,
+        known_min=None if curvature_min is None else curvature_min.astype(dtype),
+        amplified=amplified,
+        floor_of_singular=max(tree_size(rhs), 4) ** 0.5 * float(jnp.finfo(dtype).eps),
     )
     plain = preconditioner is None and recycled is None
 
@@ -178,73 +174,57 @@ def conjugate_gradient(
             before, after, inside = vector, z, zero
         else:
             z, before, after, inside = deflated(recycled, preconditioner, vector)
-        ends: Any = sum(tree_gram(before, after))
+        ends = tree_gram(before, after, wanted=[(0, 1), (1, 1)])
         energy, square = ends[0, 1], ends[1, 1]
         return z, energy + inside, jnp.where(square > 0, energy / square, inf)
 
-    z, gamma = rhs, rhs_norm * rhs_norm
+    rhs_square = tree_dot(rhs, rhs)
+    z, gamma = rhs, rhs_square
     if not plain:
         z, gamma, _ = preconditioned(rhs)
-    # A preconditioner that is not positive definite shows as γ ≤ 0 with r ≠ 0.
-    status = jnp.where(rhs_norm == 0, CONVERGED, jnp.where(gamma > 0, RUNNING, INDEFINITE))
+    known = Known(
+        norm=zero if recycled is None else recycled.highest,
+        rayleigh=inf if recycled is None else recycled.lowest,
+        metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
+    )
     start = _Loop(
         x=tree_zeros_like(rhs),
         r=rhs,
         z=None if plain else z,
         p=z,
         fresh=None if recycled is None else no_fresh(rhs, recycled),
-        packed=pack(
-            Scalars(
-                gamma=gamma,
-                direction=gamma,
-                beta=zero,
-                deviation=zero,
-                ritz=Ritz(zero, zero, zero, zero, zero),
-                norm=zero if recycled is None else recycled.highest,
-                rayleigh=inf if recycled is None else recycled.lowest,
-                metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
-                x_norm=zero,
-                num_matvecs=jnp.zeros((), jnp.int32),
-                replace=jnp.asarray(False),
-                status=jnp.where(jnp.isfinite(rhs_norm + gamma), status, NONFINITE).astype(jnp.int32),
-            )
-        ),
+        packed=in_one_kernel(before_first)(test, rhs_square, gamma, known),
     )
 
     def unfinished(c: _Loop) -> Bool[Array, ""]:
-        scalars = c.packed.tree
-        return (scalars.status == RUNNING) & (scalars.num_matvecs < max_steps)
+        status, num_matvecs = c.packed.pick(lambda s: (s.status, s.num_matvecs))
+        return (status == RUNNING) & (num_matvecs < max_steps)
 
     def body(c: _Loop) -> _Loop:
-        replace = c.packed.tree.replace
+        replace = c.packed.pick(lambda s: s.replace)
         # One product serves both kinds of step, so that the compiler sees the operator once.
         product = matvec(tree_where(replace, c.x, c.p))
-        pairs: Any = sum(tree_gram(c.p, product))
-        products = pairs[0, 0], pairs[0, 1], pairs[1, 1]
-        packed_step = in_one_kernel(step_length)(c.packed, products)
-        step = packed_step.tree
-        x = tree_axpy(step.alpha, c.p, c.x)
+        packed_step = in_one_kernel(step_length)(c.packed, tree_gram(c.p, product))
+        alpha, advance, squares = packed_step.pick(lambda s: (s.alpha, s.advance, s.squares))
+        x = tree_axpy(alpha, c.p, c.x)
         # An ordinary step: r − αAp; a replacement: b − Ax.
-        r = tree_axpy(jnp.where(replace, -1, -step.alpha), product, tree_where(replace, rhs, c.r))
-        total = x if reference is None else tree_add(reference, x)
-        grams: Any = sum(tree_gram(x, r, rhs, total))
-        # Only what is read: of large vectors the other products are then not computed.
-        vectors = Squares(grams[0, 0], grams[1, 1], grams[3, 3], grams[0, 2])
+        r = tree_axpy(jnp.where(replace, -1, -alpha), product, tree_where(replace, rhs, c.r))
+        total = () if reference is None else (tree_add(reference, x),)
+        vectors = tree_gram(x, r, rhs, *total, wanted=SQUARES)
         z, measured = r, None
         if not plain:
             z, gamma, seen = preconditioned(r)
             measured = gamma, None if preconditioner is None else seen
-        after = in_one_kernel(after_step)(c.packed, packed_step, vectors, test, measured)
+        after = in_one_kernel(after_step)(c.packed, packed_step, vectors, measured)
+        beta = after.pick(lambda s: s.beta)
         # After a replacement p keeps its conjugate part: p + (z_new − z_old).
         renewed = tree_add(c.p, tree_sub(z, c.r if c.z is None else c.z))
         return _Loop(
             x=x,
             r=r,
             z=None if plain else z,
-            p=tree_where(replace, renewed, tree_axpy(after.tree.beta, c.p, z)),
-            fresh=None
-            if c.fresh is None
-            else keep(c.fresh, step.advance & keeps, c.p, product, step.squares),
+            p=tree_where(replace, renewed, tree_axpy(beta, c.p, z)),
+            fresh=None if c.fresh is None else keep(c.fresh, advance & keeps, c.p, product, squares),
             packed=after,
         )
 

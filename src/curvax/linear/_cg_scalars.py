@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 # How a run stands. Everything above RUNNING stops the loop.
 RUNNING, CONVERGED, PRECISION_LIMITED, SINGULAR, INDEFINITE, NONFINITE = range(6)
@@ -27,9 +27,21 @@ class Ritz(NamedTuple):
     inverse_alpha: Scalar  # 1/α of the last step
 
 
+class StoppingTest(NamedTuple):
+    """When a run is to stop: see `conjugate_gradient`. Python numbers are constants of the program."""
+
+    rtol: Scalar | float
+    atol: Scalar | float
+    known_min: Scalar | None
+    amplified: Bool[Array, ""] | bool
+    floor_of_singular: float
+
+
 class Scalars(NamedTuple):
     """What the loop carries besides its vectors."""
 
+    test: StoppingTest
+    rhs_norm: Scalar
     gamma: Scalar  # rᵀ M⁻¹ r
     direction: Scalar  # pᵀ M p
     beta: Scalar
@@ -44,6 +56,14 @@ class Scalars(NamedTuple):
     status: Int[Array, ""]
 
 
+class Known(NamedTuple):
+    """What is known before the first step: see `Scalars`."""
+
+    norm: Scalar
+    rayleigh: Scalar
+    metric: Scalar
+
+
 class Step(NamedTuple):
     """What the product Ap of a turn says."""
 
@@ -54,24 +74,9 @@ class Step(NamedTuple):
     norm: Scalar
 
 
-class Squares(NamedTuple):
-    """Squares of the iterate, the residual and the total that the error is relative to."""
-
-    x: Scalar
-    r: Scalar
-    total: Scalar
-    x_energy: Scalar  # xᵀb = xᵀAx, because r ⟂ x
-
-
-class StoppingTest(NamedTuple):
-    """When a run is to stop: see `conjugate_gradient`."""
-
-    rtol: Scalar
-    atol: Scalar
-    rhs_norm: Scalar
-    known_min: Scalar
-    amplified: Bool[Array, ""]
-    floor_of_singular: Scalar
+# What is read of the Gram matrix of the iterate, the residual, the right-hand side and, where that is not the iterate,
+# the total that the error is relative to.
+SQUARES = ((0, 0), (1, 1), (0, 2), (3, 3))
 
 
 def _top_eigenpair(a: Array, b: Array, d: Array) -> tuple[Array, Array, Array]:
@@ -96,9 +101,33 @@ def _update_ritz(ritz: Ritz, alpha: Scalar, beta: Scalar) -> Ritz:
     return Ritz(low, s * tau + c * omega, omega, jnp.maximum(ritz.high, row), 1 / alpha)
 
 
-def step_length(s: Scalars, squares: tuple[Scalar, Scalar, Scalar]) -> Step:
-    """The step along p, from pᵀp, pᵀAp and ‖Ap‖²; 0 along a direction without positive curvature."""
-    p_dot_p, curvature, product_squared = squares
+def before_first(test: StoppingTest, rhs_square: Scalar, gamma: Scalar, known: Known) -> Scalars:
+    """The scalars of the first turn, from bᵀb and bᵀM⁻¹b."""
+    zero = jnp.zeros_like(gamma)
+    rhs_norm = jnp.sqrt(rhs_square)
+    # A preconditioner that is not positive definite shows as γ ≤ 0 with r ≠ 0.
+    status = jnp.where(rhs_norm == 0, CONVERGED, jnp.where(gamma > 0, RUNNING, INDEFINITE))
+    return Scalars(
+        test=test,
+        rhs_norm=rhs_norm,
+        gamma=gamma,
+        direction=gamma,
+        beta=zero,
+        deviation=zero,
+        ritz=Ritz(zero, zero, zero, zero, zero),
+        norm=known.norm,
+        rayleigh=known.rayleigh,
+        metric=known.metric,
+        x_norm=zero,
+        num_matvecs=jnp.zeros((), jnp.int32),
+        replace=jnp.asarray(False),
+        status=jnp.where(jnp.isfinite(rhs_norm + gamma), status, NONFINITE).astype(jnp.int32),
+    )
+
+
+def step_length(s: Scalars, gram: Float[Array, "2 2"]) -> Step:
+    """The step along p, from the Gram matrix of p and Ap; 0 along a direction without positive curvature."""
+    p_dot_p, curvature, product_squared = squares = gram[0, 0], gram[0, 1], gram[1, 1]
     norm = jnp.where(s.replace, s.norm, jnp.maximum(s.norm, jnp.sqrt(product_squared / p_dot_p)))
     advance = ~s.replace & (curvature > 0)
     alpha = jnp.where(advance, s.gamma / curvature, 0)
@@ -110,8 +139,7 @@ def step_length(s: Scalars, squares: tuple[Scalar, Scalar, Scalar]) -> Step:
 def after_step(
     s: Scalars,
     step: Step,
-    squares: Squares,
-    test: StoppingTest,
+    gram: Float[Array, "n n"],
     preconditioned: tuple[Scalar, Scalar | None] | None,
 ) -> Scalars:
     """The scalars of the next turn.
@@ -119,20 +147,21 @@ def after_step(
     Args:
         s: Those of this turn.
         step: The step that was taken.
-        squares: Of the vectors after the step.
-        test: When to stop.
+        gram: Inner products of the vectors after the step, see `SQUARES`.
         preconditioned: rᵀM⁻¹r and zᵀMz/zᵀz, None where there is nothing but the identity; the second is None where
             directions are recycled and nothing else.
     """
     (p_dot_p, curvature, product_squared), advance, norm = step.squares, step.advance, step.norm
-    dtype = squares.r.dtype
+    test, dtype = s.test, gram.dtype
     eps = jnp.finfo(dtype).eps
-    gamma, metric = squares.r, s.metric
+    gamma, metric = gram[1, 1], s.metric
     if preconditioned is not None:
         gamma, seen = preconditioned
         metric = metric if seen is None else jnp.minimum(metric, seen)
-    x_norm, residual_norm, total_norm = (jnp.sqrt(square) for square in squares[:3])
-    own_rayleigh = squares.x_energy / jnp.where(x_norm > 0, x_norm * x_norm, 1)
+    total = 3 if len(gram) > 3 else 0
+    x_norm, residual_norm, total_norm = (jnp.sqrt(gram[i, i]) for i in (0, 1, total))
+    # xᵀb = xᵀAx, because r ⟂ x.
+    own_rayleigh = gram[0, 2] / jnp.where(x_norm > 0, x_norm * x_norm, 1)
     witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, jnp.inf))
     rayleigh = s.rayleigh
     if preconditioned is not None:
@@ -140,16 +169,20 @@ def after_step(
     # A direction without positive curvature ends the run: it is what there is to report.
     broken = ~(s.replace | advance)
     rayleigh = jnp.where(broken, jnp.minimum(rayleigh, curvature / p_dot_p), rayleigh)
-    rounding = eps * (norm * x_norm + test.rhs_norm)
+    rounding = eps * (norm * x_norm + s.rhs_norm)
     deviation = jnp.where(s.replace, rounding, s.deviation + eps * (norm * x_norm + residual_norm))
-    smallest = jnp.minimum(test.known_min, jnp.minimum(rayleigh, metric / step.ritz.low))
+    smallest = jnp.minimum(rayleigh, metric / step.ritz.low)
+    if test.known_min is not None:
+        smallest = jnp.minimum(test.known_min, smallest)
 
     beta = jnp.where(advance, gamma / s.gamma, s.beta)
     direction = jnp.where(s.replace, s.direction, gamma + beta * beta * s.direction)
     shrink = jnp.sqrt(gamma / direction)
     # A direction with a small eigenvalue may not have shown itself in one or two steps.
     wanted = test.rtol * jnp.where(s.num_matvecs < 3, 0.1, 1.0).astype(dtype)
-    tighten = jnp.where(test.amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
+    tighten: Scalar | int = 1
+    if test.amplified is not False:
+        tighten = jnp.where(test.amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
     measured = residual_norm if preconditioned is None else jnp.sqrt(metric * gamma)
     met = shrink * measured + deviation <= smallest * tighten * jnp.maximum(wanted * total_norm, test.atol)
 
@@ -167,6 +200,8 @@ def after_step(
     status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
     drifted = (deviation > jnp.sqrt(eps) * residual_norm) & (deviation > 10 * rounding)
     return Scalars(
+        test=test,
+        rhs_norm=s.rhs_norm,
         gamma=gamma,
         direction=direction,
         beta=beta,

@@ -88,7 +88,11 @@ def still_fits(decades: Scalar, ritz: Scalar) -> Bool[Array, ""]:
 
 
 def maintain(
-    kept: Recycled, products: Int[Array, ""], decades: Scalar, warm: Bool[Array, ""], usable: Bool[Array, ""]
+    kept: Recycled,
+    products: Int[Array, ""],
+    decades: Scalar,
+    warm: Bool[Array, ""] | bool,
+    usable: Bool[Array, ""],
 ) -> Recycled:
     """The directions for the next call: none after a failure, or when they have ceased to help.
 
