@@ -79,10 +79,59 @@ def test_equals_a_plain_loop():
 
 def test_near_an_optimum_the_first_hypergradient_sets_the_accuracy(solution):
     first = solution.history.grad_norm[0]
-    np.testing.assert_allclose(solution.state.state.atol, 0.01 * tuning.RULE.rtol * first, rtol=1e-12)
-    # Without it a start at the optimum, where the gradient vanishes, has no atol to go by.
-    own = tuning.minimise(1, rule=cx.Implicit(rtol=1e-4, atol=0.5))
-    assert own.state.state.atol == 0.5
+    np.testing.assert_allclose(solution.state.state.floor, 0.01 * first, rtol=1e-12)
+    # The error that may be left where the gradient vanishes, and what a larger one of the user's allows.
+    history = solution.history
+    assert (
+        history.error_estimate[-1]
+        <= 0.01 * tuning.RULE.rtol * first + tuning.RULE.rtol * history.grad_norm[-1]
+    )
+    own = tuning.minimise(1, rule=cx.Implicit(rtol=1e-9, atol=0.5, max_sweeps=1), inner_solver=tuning.LOOSE)
+    assert 1e-9 * own.history.grad_norm[0] < own.history.error_estimate[0] <= 0.5
+
+
+def test_a_schedule_of_accuracies():
+    """Each hypergradient is as accurate as its number asks for, and the same optimum is found with fewer products."""
+    stiff, target = jnp.geomspace(1, 300, 60), jnp.linspace(0.2, 0.9, 60)
+    problem = cx.Bilevel(
+        inner=lambda w, lam, _: 0.5 * jnp.sum(stiff * (w - 1) ** 2 + jnp.exp(lam) * w**2) + jnp.sum(w**4),
+        outer=lambda w, lam, _: jnp.sum((w - target) ** 2) + 1e-3 * jnp.sum(lam**2),
+    )
+    method = {
+        "inner_solver": optx.BFGS(rtol=1e-2, atol=1e-2),
+        "rule": cx.Implicit(rtol=1e-6, max_sweeps=6),
+        "optimizer": optax.adam(optax.cosine_decay_schedule(0.5, 60)),
+        "num_steps": 60,
+    }
+    schedule = optax.exponential_decay(0.3, 1, 0.8, end_value=1e-6)
+    followed = cx.minimise(problem, jnp.zeros(60), jnp.zeros(60), rtol_schedule=schedule, **method)
+    fixed = cx.minimise(problem, jnp.zeros(60), jnp.zeros(60), **method)
+    history = followed.history
+    floor = 1 + 0.01 * history.grad_norm[0] / history.grad_norm
+    assert np.all(history.relative_error <= schedule(np.arange(61)) * floor * (1 + 1e-9))
+    assert np.any(history.relative_error > 1e-2)  # that is, less is asked for at first
+    assert 1.3 * history.num_matvecs.sum() < fixed.history.num_matvecs.sum()
+    np.testing.assert_allclose(followed.value, fixed.value, rtol=1e-3)
+    more = cx.minimise(
+        problem,
+        jnp.zeros(60),
+        jnp.zeros(60),
+        rtol_schedule=schedule,
+        state=followed.state,
+        **method | {"num_steps": 2},
+    )
+    assert np.all(
+        more.history.relative_error <= 1e-6 * (1 + 0.01 * history.grad_norm[0] / more.history.grad_norm)
+    )
+
+
+def test_schedules_that_cannot_be_followed():
+    with pytest.raises(TypeError, match="`rtol_schedule` must be a function"):
+        tuning.minimise(1, rtol_schedule=1e-3)
+    with pytest.raises(ValueError, match=r"`rtol_schedule` must give a number in \(0, 1\)"):
+        tuning.minimise(1, rtol_schedule=lambda k: 2.0)
+    with pytest.raises(ValueError, match="needs a rule that asks for an accuracy"):
+        tuning.minimise(1, rtol_schedule=lambda k: 0.1, rule=cx.Implicit(rtol=None))
 
 
 def test_second_call_compiles_nothing():
@@ -180,7 +229,7 @@ def test_phi_may_hold_more_than_numbers():
 
 def test_unrolled_rule():
     solution = tuning.minimise(40, inner_solver=cx.Steps(optax.sgd(0.3), 60), rule=cx.Unrolled())
-    assert solution.state.state.atol is None
+    assert solution.state.state.floor is None
     train, valid = map(jax.tree.map, [np.asarray] * 2, tuning.data())
     value = tuning.outer(_sgd(float(solution.phi), train), None, valid)
     np.testing.assert_allclose(solution.value, value, rtol=1e-10)

@@ -28,6 +28,7 @@ def outer(theta, phi, batch):
 
 PROBLEM = cx.Bilevel(inner=inner, outer=outer)
 SOLVER = optx.BFGS(rtol=1e-8, atol=1e-8)
+LOOSE = optx.BFGS(rtol=1e-2, atol=1e-2)
 RULE = cx.Implicit(rtol=1e-4)
 OPTIMIZER = optax.adam(0.2)
 

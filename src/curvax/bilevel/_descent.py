@@ -6,13 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from curvax._pytree import tree_all_finite, tree_norm, tree_zeros_like
 from curvax._results import RESULTS
 from curvax.bilevel._driver import AbstractAlgorithm
 from curvax.bilevel._history import Measurements
-from curvax.bilevel._hypergradient import hypergradient, initial_state
+from curvax.bilevel._hypergradient import hypergradient
+from curvax.bilevel._state import initial_state
 
 # Near an outer optimum the hypergradient vanishes and no relative accuracy can be had: an error of
 # this fraction of the accuracy asked for at the start counts as zero there.
@@ -28,7 +29,10 @@ class DescentState(eqx.Module):
     theta: PyTree[Array]
     value: Float[Array, ""]
     warm: PyTree
-    atol: Float[Array, ""] | None
+    floor: (
+        Float[Array, ""] | None
+    )  # absolute accuracy that goes with a relative one of 1; None if none is asked for
+    num_points: Int[Array, ""]  # measured so far
 
 
 class HypergradientDescent(AbstractAlgorithm):
@@ -40,16 +44,18 @@ class HypergradientDescent(AbstractAlgorithm):
     optimizer: optax.GradientTransformation
     phi_rest: PyTree
     theta0: PyTree
+    rtol_schedule: Any = None
 
     def init(self, phi: PyTree[Array], data: PyTree, key: PyTree) -> DescentState:
         """The start, where nothing was measured yet: `value` is NaN."""
-        del data
+        inner_data, _ = data
         warm = initial_state(
             self.problem,
             eqx.combine(phi, self.phi_rest),
             self.theta0,
             inner_solver=self.inner_solver,
             rule=self.rule,
+            inner_data=inner_data,
             key=key,
         )
         return DescentState(
@@ -59,7 +65,8 @@ class HypergradientDescent(AbstractAlgorithm):
             theta=eqx.filter(self.theta0, eqx.is_inexact_array),
             value=jnp.full((), jnp.nan, float),
             warm=warm,
-            atol=_requested(self.rule)[1],
+            floor=None if getattr(self.rule, "rtol", None) is None else jnp.zeros((), float),
+            num_points=jnp.zeros((), jnp.int32),
         )
 
     def _move(self, state: DescentState, scale: Scalar, restart: Scalar) -> tuple[PyTree, PyTree]:
@@ -87,7 +94,7 @@ class HypergradientDescent(AbstractAlgorithm):
         """Take the update and compute the hypergradient there."""
         inner_data, outer_data = data
         phi, opt_state = self._move(state, scale, restart)
-        rule = self.rule if state.atol is None else eqx.tree_at(lambda r: r.atol, self.rule, state.atol)
+        rule = self._rule(state)
         hg = hypergradient(
             self.problem,
             eqx.combine(phi, self.phi_rest),
@@ -110,7 +117,13 @@ class HypergradientDescent(AbstractAlgorithm):
             theta=eqx.filter(hg.theta, eqx.is_inexact_array),
             value=hg.value.astype(state.value.dtype),
             warm=hg.state,
-            atol=self._atol(state, norm),
+            # Set by the first hypergradient, and never again.
+            floor=None
+            if state.floor is None
+            else jnp.where(
+                state.num_points == 0, ATOL_FRACTION * norm.astype(state.floor.dtype), state.floor
+            ),
+            num_points=state.num_points + 1,
         )
         stats = hg.stats
         entry = Measurements(
@@ -123,13 +136,15 @@ class HypergradientDescent(AbstractAlgorithm):
         )
         return new, entry, result
 
-    def _atol(self, state: DescentState, norm: Scalar) -> Scalar | None:
-        """The user's, raised by the first hypergradient; unchanged ever after."""
-        if state.atol is None:
-            return None
-        rtol, atol = _requested(self.rule)
-        first = jnp.maximum(atol, ATOL_FRACTION * rtol * norm.astype(atol.dtype))
-        return jnp.where(jnp.isnan(state.value), first, state.atol)
+    def _rule(self, state: DescentState) -> Any:
+        """The rule with the accuracy that is asked for at the next point."""
+        if state.floor is None:
+            return self.rule
+        real = state.floor.dtype
+        rtol = self.rule.rtol if self.rtol_schedule is None else self.rtol_schedule(state.num_points)
+        rtol, atol = jnp.asarray(rtol).astype(real), jnp.asarray(self.rule.atol).astype(real)
+        accuracy = (rtol, jnp.maximum(atol, rtol * state.floor))
+        return eqx.tree_at(lambda r: (r.rtol, r.atol), self.rule, accuracy)
 
     def point(self, state: DescentState) -> tuple[PyTree, PyTree]:
         """Hyperparameters and inner solution at the last good point."""
@@ -137,12 +152,3 @@ class HypergradientDescent(AbstractAlgorithm):
             eqx.combine(state.phi, self.phi_rest),
             eqx.combine(state.theta, self.theta0),
         )
-
-
-def _requested(rule: Any) -> tuple[Any, Any]:
-    """Relative and absolute accuracy that a rule asks of the hypergradient; None if it asks for none."""
-    rtol = getattr(rule, "rtol", None)
-    if rtol is None:
-        return None, None
-    real = jnp.zeros((), float).dtype
-    return jnp.asarray(rtol).astype(real), jnp.asarray(rule.atol).astype(real)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from curvax._pytree import strong, tree_dtype, tree_norm, tree_zeros_like
+from curvax._pytree import strong, tree_norm
 from curvax._results import RESULTS, describe
 from curvax.bilevel._data import is_sampler
 from curvax.bilevel._door import (
@@ -15,13 +15,11 @@ from curvax.bilevel._door import (
     check_finite,
     check_inner_solver,
     make_task,
-    split,
     tolerances_as_arrays,
 )
 from curvax.bilevel._problem import Bilevel
+from curvax.bilevel._state import check_state, initial_state, with_room
 from curvax.implicit._rule import AbstractRule, Outcome, State, Stats
-from curvax.implicit._trend import no_trend
-from curvax.linear._recycle import nothing_recycled
 from curvax.unroll import Steps
 
 
@@ -43,52 +41,6 @@ class Hypergradient(eqx.Module):
     result: RESULTS
     stats: Stats
     state: State
-
-
-def initial_state(
-    problem: Bilevel,
-    phi: PyTree,
-    theta0: PyTree,
-    *,
-    inner_solver: Any,
-    rule: AbstractRule,
-    key: Array | None = None,
-) -> State:
-    """A cold state of the structure that `hypergradient` returns, for the carry of a loop.
-
-    Args:
-        problem: The bilevel problem.
-        phi: Hyperparameters.
-        theta0: Start of the inner solver.
-        inner_solver: The inner solver.
-        rule: The derivative rule.
-        key: Random key, needed where data is drawn.
-
-    Returns:
-        A cold `State`.
-
-    Example:
-        ```python
-        problem = cx.Bilevel(
-            inner=lambda w, lam, _: jnp.sum((w - 1.0) ** 2) + lam * jnp.sum(w**2), outer=lambda w, lam, _: jnp.sum(w**2)
-        )
-        method = {"inner_solver": optx.BFGS(1e-6, 1e-6), "rule": cx.Implicit()}
-        state = cx.bilevel.initial_state(problem, jnp.array(0.5), jnp.zeros(3), **method)
-        ```
-    """
-    del inner_solver
-    phi_dynamic, _ = split(phi, "phi")
-    theta, _ = split(theta0, "theta0")
-    capacity = rule.num_recycled(theta, problem.condition.symmetric)
-    return State(
-        theta=theta,
-        adjoint=tree_zeros_like(theta),
-        curvature_min=jnp.asarray(jnp.inf, tree_dtype((theta, phi_dynamic))),
-        warm=jnp.asarray(False),
-        trend=no_trend(phi_dynamic, theta) if rule.follows_trend else None,
-        recycled=nothing_recycled(theta, capacity) if capacity else None,
-        key=key,
-    )
 
 
 def _cast_back(tree: PyTree[Array], like: PyTree) -> PyTree:
@@ -216,14 +168,14 @@ def hypergradient(
     if state is None:
         if throw:  # without it nothing raises: the result says `nonfinite`
             check_finite(phi=phi, theta0=theta0, inner_data=inner_data, outer_data=outer_data)
-        state = initial_state(problem, phi, theta0, inner_solver=inner_solver, rule=rule, key=key)
+        state = initial_state(
+            problem, phi, theta0, inner_solver=inner_solver, rule=rule, inner_data=inner_data, key=key
+        )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((phi, theta0, inner_data))):
             # In a program of the user's this call is a cold one for good; called directly, the next is a warm one.
             state = State(**{**vars(state), "warm": False})
-    _check_state(state, phi, theta0)
-    state = _with_room(
-        state, theta0, rule.num_recycled(split(theta0, "theta0")[0], problem.condition.symmetric)
-    )
+    check_state(state, phi, theta0)
+    state = with_room(state, problem, phi, theta0, rule, inner_data)
     check_data(inner_data, outer_data, state.key)
     rule.check(
         stochastic_steps=isinstance(inner_solver, Steps) and is_sampler(inner_data),
@@ -251,34 +203,6 @@ def _raise_if(failed: Array, out: Hypergradient) -> Hypergradient:
     """
     sound = out.result.error_if(~failed, failed)
     return jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan) if eqx.is_inexact_array(x) else x, out)
-
-
-def _check_state(state: Any, phi: PyTree, theta0: PyTree) -> None:
-    """A state must be one of ours and fit phi and theta0."""
-    if not isinstance(state, State):
-        raise TypeError(
-            f"`state` must be the `state` of an earlier hypergradient, got {type(state).__name__}."
-        )
-    pairs = [("theta0", theta0, state.theta)]
-    if state.trend is not None:
-        pairs.append(("phi", phi, state.trend.phi))
-    for name, given, kept in pairs:
-        given = eqx.filter(given, eqx.is_inexact_array)
-        wanted, found = ([leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (given, kept))
-        if wanted != found or jax.tree.structure(given) != jax.tree.structure(kept):
-            raise ValueError(
-                f"`state` belongs to another problem: its {name.removesuffix('0')} has the shapes {found}, "
-                f"`{name}` has {wanted} (or another structure). Start with `state=None`."
-            )
-
-
-def _with_room(state: State, theta0: PyTree, capacity: int) -> State:
-    """The state with as many slots as the rule recycles: empty ones, where an earlier rule had others."""
-    found = 0 if state.recycled is None else jax.tree.leaves(state.recycled.directions)[0].shape[0]
-    if found == capacity:
-        return state
-    theta, _ = split(theta0, "theta0")
-    return State(**{**vars(state), "recycled": nothing_recycled(theta, capacity) if capacity else None})
 
 
 def explain(out: Hypergradient, no_influence: PyTree[Array] | None = None) -> str:

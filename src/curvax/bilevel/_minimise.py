@@ -1,22 +1,21 @@
 """`minimise`: the outer loop of a bilevel problem, from the first hypergradient to the tuned numbers."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from curvax._pytree import tree_all_finite
 from curvax._results import RESULTS, describe
+from curvax.bilevel._arguments import as_jax, check_arguments, check_schedule, check_state
 from curvax.bilevel._callbacks import split
 from curvax.bilevel._checkpoint import Checkpoint, Store
 from curvax.bilevel._descent import HypergradientDescent
-from curvax.bilevel._door import check_finite, check_inner_solver, tolerances_as_arrays
+from curvax.bilevel._door import check_inner_solver, tolerances_as_arrays
 from curvax.bilevel._driver import MIN_SCALE, Carry, initial, own
 from curvax.bilevel._history import History
 from curvax.bilevel._problem import Bilevel
@@ -60,6 +59,7 @@ def minimise(
     inner_data: Any = None,
     outer_data: Any = None,
     key: PyTree = None,
+    rtol_schedule: Callable | None = None,
     callbacks: Sequence[Callable] = (),
     checkpoint: Checkpoint | None = None,
     progress: bool | None = None,
@@ -78,7 +78,9 @@ def minimise(
 
     *Accuracy.* A rule with `rtol` (`cx.Implicit`) asks for a relative accuracy, which near an optimum nothing
     can meet. After the first hypergradient $h_0$ its `atol` is raised to $0.01\,\texttt{rtol}\,\|h_0\|$ if it is
-    smaller.
+    smaller. `rtol_schedule` asks for less at first, where a rough direction will do, and for more as the run goes on
+    (HOAG: F. Pedregosa, "Hyperparameter optimization with approximate gradient", 2016, arXiv 1602.02355; with summable
+    errors the iterates converge); the absolute accuracy follows it.
 
     *Failures.* A step that leads to a point where the outer loss or the hypergradient is not finite,
     or where the hypergradient has a failed `result`, is taken back and repeated with half the length, down to
@@ -101,6 +103,10 @@ def minimise(
         inner_data: Third argument of the inner problem: a pytree of arrays or a sampler `key -> batch`.
         outer_data: The same for the outer loss.
         key: A JAX PRNG key; needed by samplers.
+        rtol_schedule: Number of points measured so far ↦ `rtol` of the next hypergradient, in (0, 1), in place of
+            that of `rule`, which must have one. An optax schedule will do, as
+            `optax.exponential_decay(0.3, 1, 0.9, end_value=1e-4)`. Build it once: another one compiles anew. Give the
+            rule the `max_sweeps` that its smallest value needs.
         callbacks: Functions of `cx.Info`, called when a chunk ends; `cx.Every` to be called at given
             steps; `cx.EarlyStopping`. A function that returns True ends the run.
         checkpoint: A `cx.Checkpoint`, to save the run and to go on from what was saved.
@@ -137,24 +143,27 @@ def minimise(
         solution.value  # nearly 0
         ```
     """
-    num_steps = _check(phi0, theta0, optimizer, num_steps, key, inner_data=inner_data, outer_data=outer_data)
+    num_steps = check_arguments(
+        phi0, theta0, optimizer, num_steps, key, inner_data=inner_data, outer_data=outer_data
+    )
     if not isinstance(problem, Bilevel):
         raise TypeError(f"minimise: `problem` must be a `cx.Bilevel`, found {type(problem).__name__}.")
     if not isinstance(rule, AbstractRule):
         raise TypeError(f"minimise: `rule` must be `cx.Implicit(...)` or `cx.Unrolled()`, found {rule!r}.")
     check_inner_solver(problem, inner_solver)
+    check_schedule(rtol_schedule, rule)
     if state is not None and not isinstance(state, Carry):
         raise TypeError(f"minimise: `state` must be the `state` of a `Solution`, found {state!r}.")
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         raise TypeError(f"minimise: `checkpoint` must be a `cx.Checkpoint(directory)`, found {checkpoint!r}.")
     stopping, between = split(callbacks)
-    phi0, theta0, inner_data, outer_data, key = _as_jax((phi0, theta0, inner_data, outer_data, key))
+    phi0, theta0, inner_data, outer_data, key = as_jax((phi0, theta0, inner_data, outer_data, key))
     phi, phi_rest = eqx.partition(phi0, eqx.is_inexact_array)
     inner_solver, rule = tolerances_as_arrays(inner_solver), tolerances_as_arrays(rule)
-    algorithm = HypergradientDescent(problem, inner_solver, rule, optimizer, phi_rest, theta0)
+    algorithm = HypergradientDescent(problem, inner_solver, rule, optimizer, phi_rest, theta0, rtol_schedule)
     constants = (algorithm, stopping, (inner_data, outer_data))
     if state is not None:
-        _check_state(state, eqx.filter_eval_shape(initial, constants, phi, key))
+        check_state(state, eqx.filter_eval_shape(initial, constants, phi, key))
     carry = initial(constants, phi, key) if state is None else revive(own(state))
     target_rows = max(1, int(carry.num_rows)) + num_steps
     with contextlib.ExitStack() as stack:
@@ -170,6 +179,13 @@ def minimise(
             store = Store(checkpoint, inputs)
             stack.callback(store.close)
             carry, history = load(store, carry)
+            if int(carry.num_rows) > target_rows:
+                warnings.warn(
+                    f"minimise: the checkpoint in {checkpoint.directory} is {int(carry.num_rows) - 1} steps old, more "
+                    f"than `num_steps={num_steps}`: its point is returned as it is. For another run use another "
+                    "directory.",
+                    stacklevel=2,
+                )
         run = Run(constants, carry, history)
         shown = Progress(progress, target_rows - 1, run.step)
         stack.callback(shown.close)
@@ -190,49 +206,6 @@ def minimise(
     return solution
 
 
-def _check(phi0: PyTree, theta0: PyTree, optimizer: Any, num_steps: Any, key: PyTree, **data: Any) -> int:
-    """Refuse arguments that cannot work; the number of steps as an int."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((phi0, theta0, data, key))):
-        raise ValueError(
-            "minimise: called inside `jit`, `vmap` or `grad`. It is a loop on the host: call it outside, or "
-            "differentiate one solve with `cx.hypergradient` or `cx.solution_map`."
-        )
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
-        raise ValueError(f"minimise: `num_steps` must be a positive int, found {num_steps!r}.")
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            f"minimise: `optimizer` must be an optax transformation such as `optax.adam(1e-2)`, found {optimizer!r}."
-        )
-    for name, tree in (("phi0", phi0), ("theta0", theta0)):
-        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf)]
-        leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        if not leaves:
-            raise ValueError(
-                f"minimise: `{name}` holds no floating-point array, so there is nothing to optimise; wrap Python "
-                f"numbers in `jnp.asarray(..., float)`. Found {name} = {tree!r}."
-            )
-        if not bool(tree_all_finite(leaves)):
-            raise ValueError(f"minimise: `{name}` holds NaN or infinity; start from finite numbers.")
-    check_finite(**{name: batch for name, batch in data.items() if not callable(batch)})
-    for name, batch in data.items():
-        if callable(batch) and key is None:
-            raise ValueError(
-                f"minimise: `{name}` is a sampler, which draws from a key; pass `key=jax.random.key(0)`."
-            )
-    return int(num_steps)
-
-
-def _as_jax(tree: PyTree) -> PyTree:
-    """NumPy arrays as JAX arrays, transferred once and not in every chunk; weak types, which recompile, as strong."""
-
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray | np.generic) or getattr(leaf, "weak_type", False):
-            return jnp.asarray(leaf, dtype=leaf.dtype)
-        return leaf
-
-    return jax.tree.map(convert, tree)
-
-
 def _explain(solution: Solution, num_steps: int, checkpoint: Checkpoint | None) -> str:
     """What happened, where, and what to do about it."""
     reason = describe(solution.result)
@@ -251,22 +224,3 @@ def _explain(solution: Solution, num_steps: int, checkpoint: Checkpoint | None) 
     if checkpoint is not None:
         text += f" The run up to there is kept in {checkpoint.directory}; the same call tries again from it."
     return text
-
-
-def _check_state(state: Carry, expected: Carry) -> None:
-    """A state goes on only with the kind of run that it came from."""
-
-    def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree.leaves_with_path(
-            eqx.filter(tree, lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct))
-        )
-        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
-
-    found, wanted = shapes(state), shapes(expected)
-    other = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    if other:
-        raise ValueError(
-            "minimise: `state` belongs to a run with another `phi0`, `theta0`, `optimizer` or `rule` (its `recycle`, "
-            f"say): they differ in {', '.join(other[:3])}. Go on with what that run was given, or start with "
-            "`phi0=solution.phi` and no `state`."
-        )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -26,6 +27,7 @@ from curvax.implicit._stage import (
 )
 from curvax.implicit._sweeps import run_sweeps
 from curvax.linear import CG, Auto
+from curvax.linear._upkeep import KeptPreconditioner, Upkeep, nothing_kept
 
 # The rewrite functions of these modules are gradients: their Jacobians are Hessians.
 _SYMMETRIC_SOURCES = ("optimistix._minimise", "optimistix._least_squares")
@@ -66,8 +68,9 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             The corrections that judge the result are made by the same defaults whatever is given here; a root or fixed
             point with more unknowns is judged by the contraction of two sweeps instead.
         preconditioner: A positive definite operator ≈ A⁻¹, or a function (theta, args) -> operator with
-            args = (phi, batch) in `hypergradient` and the user's `args` under Optimistix. No derivative flows
-            through it.
+            args = (phi, batch) in `hypergradient` and the user's `args` under Optimistix, which is called at every
+            point that is worked at; a `cx.linear.Upkeep` of such a function is called when it is due. No derivative
+            flows through it.
         damping: λ ≥ 0 added to the diagonal of A in the first adjoint solve (in every one under autodiff).
             The bias that it makes counts in the error estimate.
         max_sweeps: Sweeps allowed to reach the request. From a warm start at least four are tried before the inner
@@ -228,6 +231,24 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             return self.recycle
         fitting = min(RECYCLED, RECYCLED_SIZE // max(tree_size(theta), 1))
         return fitting if serves and self.preconditioner is None and fitting >= FEWEST_RECYCLED else 0
+
+    @property
+    def keeps_preconditioner(self) -> bool:
+        """With an `Upkeep`."""
+        return isinstance(self.preconditioner, Upkeep)
+
+    def kept_preconditioner(self, theta: PyTree, args: PyTree, symmetric: bool) -> KeptPreconditioner | None:
+        """The place of the operator of an `Upkeep`."""
+        keeper = self.preconditioner
+        if not isinstance(keeper, Upkeep):
+            return None
+        stage, _ = self._stage(eqx.filter(theta, eqx.is_inexact_array), symmetric)
+        if keeper.every is None and not isinstance(stage, ConjugateGradientStage):
+            raise ValueError(
+                "`preconditioner=Upkeep(...)` of `Implicit` needs `every` here: only conjugate gradients of this "
+                "library (`linear_solver=None` or `cx.linear.CG`, an inner minimum) know when the effort grows."
+            )
+        return nothing_kept(keeper, theta, args)
 
     def _stage(self, theta: PyTree[Array], symmetric: bool) -> tuple[AbstractStage, Any]:
         """How the solves are done, and the forward error that the user's own CG asks for."""

@@ -10,6 +10,7 @@ from curvax._results import RESULTS
 from curvax.implicit._condition import AbstractCondition
 from curvax.implicit._trend import Trend
 from curvax.linear._recycle import Recycled
+from curvax.linear._upkeep import KeptPreconditioner
 
 
 class Stats(eqx.Module):
@@ -49,6 +50,7 @@ class State(eqx.Module):
             that serves a warm start is compiled.
         trend: The last step of phi and what it changed, to start the next call where that leads; None for rules
             that solve to the end from any start.
+        preconditioner: The operator that an `cx.linear.Upkeep` keeps; None without one.
         recycled: Directions that earlier solves left behind, as a preconditioner; None where nothing is recycled.
         key: Random key for the next draws, or None where nothing is drawn.
     """
@@ -59,6 +61,7 @@ class State(eqx.Module):
     warm: Bool[Array, ""] | bool
     trend: Trend | None
     recycled: Recycled | None
+    preconditioner: KeptPreconditioner | None
     key: Array | None
 
 
@@ -123,6 +126,16 @@ class AbstractRule(eqx.Module):
         """Directions of earlier solves that `State.recycled` has room for: two vectors like theta each."""
         del theta, symmetric
         return 0
+
+    @property
+    def keeps_preconditioner(self) -> bool:
+        """Whether `State.preconditioner` is in use."""
+        return False
+
+    def kept_preconditioner(self, theta: PyTree, args: PyTree, symmetric: bool) -> KeptPreconditioner | None:
+        """What `State.preconditioner` starts as; θ and args as the user knows them, args perhaps shapes alone."""
+        del theta, args, symmetric
+        return None
 
     @abc.abstractmethod
     def check(self, *, stochastic_steps: bool, has_rollout: bool) -> None:

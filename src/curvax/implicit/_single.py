@@ -22,7 +22,8 @@ from curvax._results import RESULTS
 from curvax.implicit._influence import without_influence
 from curvax.implicit._progress import Accuracy
 from curvax.implicit._rule import Outcome, State, Stats, Task
-from curvax.implicit._stage import AbstractStage, Request, why_failed
+from curvax.implicit._stage import AbstractStage, Request, preconditioner_at, why_failed
+from curvax.linear._upkeep import after_call
 
 
 def _nan_where(bad: Array, tree: PyTree[Array]) -> PyTree[Array]:
@@ -44,6 +45,9 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     rhs, products, cold = outer_theta, 1, state.warm is False
     if not cold:
         rhs, products = tree_axpy(-accuracy.damping, start, tree_sub(rhs, at.transposed(start)[0])), 2
+    preconditioner, kept = preconditioner_at(
+        stage.preconditioned_by, state.preconditioner, task.rebuild(theta), task.args
+    )
     request = Request(
         rhs=rhs,
         wanted=jnp.asarray(True),
@@ -58,8 +62,9 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         curvature_min=None if cold else jnp.where(state.warm, state.curvature_min.astype(dtype), inf),
         recycled=None,
         moved=jnp.asarray(False),
+        preconditioner=preconditioner,
     )
-    x, info = stage.solve(at, request, (task.rebuild(theta), task.args))
+    x, info = stage.solve(at, request)
     adjoint = tree_add(start, x)
 
     residual_norm = info.residual_norm
@@ -81,6 +86,8 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     result = RESULTS.where(finite | broken, result, RESULTS.nonfinite)
     no_influence, result = without_influence(task, grad, result)
     usable = jnp.asarray((result == RESULTS.successful) | (result == RESULTS.no_influence))
+    if kept is not None:
+        kept = after_call(stage.preconditioned_by, kept, info.num_matvecs, info.decades, usable)
     stats = Stats(
         inner_residual=inner_norm,
         adjoint_residual=residual_norm,
@@ -99,6 +106,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         warm=usable,
         trend=state.trend,
         recycled=state.recycled,
+        preconditioner=kept,
         key=state.key,
     )
     return Outcome(value.astype(dtype), grad, theta, result, stats, new_state, no_influence)

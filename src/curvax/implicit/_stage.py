@@ -30,6 +30,7 @@ from curvax.implicit._condition import Linearised
 from curvax.linear._cg_core import CGInfo, conjugate_gradient, default_max_steps, no_info
 from curvax.linear._cg_scalars import INDEFINITE, NONFINITE, RUNNING, SINGULAR
 from curvax.linear._recycle import Recycled, forget_if, still_fits, trial
+from curvax.linear._upkeep import KeptPreconditioner, renewed_if_due
 
 # Products that are spent on looking for negative curvature where nothing else has excited it.
 PROBE_STEPS = 10
@@ -70,7 +71,7 @@ class Request(NamedTuple):
 
     `reference` is what x will be added to when the error is to be relative to the sum, else None or zeros; `recycled`
     has the directions of earlier solves, to be put to the test first where A has `moved`. Where `probing` a few steps
-    look for negative curvature.
+    look for negative curvature. `preconditioner` is that of this θ.
     """
 
     rhs: PyTree[Array]
@@ -86,6 +87,7 @@ class Request(NamedTuple):
     curvature_min: Scalar | None
     recycled: Recycled | None
     moved: Bool[Array, ""]
+    preconditioner: lx.AbstractLinearOperator | None
 
     def undamped(self, x: PyTree[Array], residual: PyTree[Array]) -> PyTree[Array]:
         """The residual of the system without damping at `reference + x`, from that of the damped one."""
@@ -111,8 +113,13 @@ class AbstractStage(eqx.Module):
         """Whether the directions of one solve help the next."""
         return False
 
+    @property
+    def preconditioned_by(self) -> Any:
+        """What the user gave as a preconditioner: an operator, a function, an `Upkeep` or None."""
+        return None
+
     @abc.abstractmethod
-    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+    def solve(self, at: Linearised, request: Request) -> tuple[PyTree[Array], StageInfo]:
         """Solve, or return anything when not `request.wanted`."""
 
 
@@ -128,6 +135,11 @@ class ConjugateGradientStage(AbstractStage):
         return True
 
     @property
+    def preconditioned_by(self) -> Any:
+        """As it was given."""
+        return self.preconditioner
+
+    @property
     def sees_everything(self) -> bool:
         """False: a Krylov space holds only what its right-hand side excites."""
         return False
@@ -137,10 +149,9 @@ class ConjugateGradientStage(AbstractStage):
         """True."""
         return True
 
-    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+    def solve(self, at: Linearised, request: Request) -> tuple[PyTree[Array], StageInfo]:
         """One run of the loop; with recycled directions up to three."""
-        theta, problem_args = args
-        operator = resolve_preconditioner(self.preconditioner, theta, problem_args)
+        operator = request.preconditioner
         budget = default_max_steps(tree_size(request.rhs)) if self.max_steps is None else self.max_steps
         steps = jnp.where(request.probing, PROBE_STEPS, budget)
 
@@ -161,16 +172,16 @@ class ConjugateGradientStage(AbstractStage):
                 amplified=request.amplified,
             )
 
-        wanted, tried, decades = request.wanted, jnp.asarray(False), jnp.zeros_like(request.rtol)
+        wanted, tried = request.wanted, jnp.asarray(False)
         if request.recycled is None:
             x, info = run(request.rhs, steps, None, True)
             products, recycled = info.num_matvecs, None
         else:
             tried = wanted & request.moved
             x, info, recycled, products = _with_directions(run, request, steps, tried)
-            # A residual of zero, or none to begin with, says nothing of how hard the solve was.
-            telling = wanted & (info.decades > 0)
-            decades = jnp.where(telling, jnp.minimum(info.decades, MOST_DECADES), 0).astype(decades.dtype)
+        # A residual of zero, or none to begin with, says nothing of how hard the solve was.
+        telling = wanted & (info.decades > 0)
+        decades = jnp.where(telling, jnp.minimum(info.decades, MOST_DECADES), 0)
         # With a preconditioner the Ritz values are those of M⁻¹A.
         plain = operator is None and request.recycled is None
         return x, StageInfo(
@@ -239,9 +250,8 @@ class DenseStage(AbstractStage):
         """True: exact up to rounding."""
         return True
 
-    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+    def solve(self, at: Linearised, request: Request) -> tuple[PyTree[Array], StageInfo]:
         """Form, decompose, solve."""
-        del args
         rhs, unravel = jax.flatten_util.ravel_pytree(request.rhs)
         dtype, size = rhs.dtype, rhs.size
         columns = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(at.apply(unravel(v)))[0])(
@@ -304,12 +314,16 @@ class LineaxStage(AbstractStage):
         """False: a residual test says nothing about the forward error."""
         return False
 
-    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+    @property
+    def preconditioned_by(self) -> Any:
+        """As it was given."""
+        return self.preconditioner
+
+    def solve(self, at: Linearised, request: Request) -> tuple[PyTree[Array], StageInfo]:
         """One `lineax.linear_solve`, skipped when not wanted."""
-        theta, problem_args = args
         structure = jax.eval_shape(lambda x: x, request.rhs)
         options = {}
-        operator = resolve_preconditioner(self.preconditioner, theta, problem_args)
+        operator = request.preconditioner
 
         def run(transposed: bool) -> tuple[PyTree[Array], Array, Array]:
             apply = (lambda v: at.transposed(v)[0]) if transposed else at.apply
@@ -375,6 +389,11 @@ class CheckedStage(AbstractStage):
         return True
 
     @property
+    def preconditioned_by(self) -> Any:
+        """As the user's solver, whose it is; the solver that checks uses it too."""
+        return self.first.preconditioner
+
+    @property
     def sees_everything(self) -> bool:
         """As the solver that checks."""
         return self.check.sees_everything
@@ -384,12 +403,12 @@ class CheckedStage(AbstractStage):
         """As the solver that checks."""
         return self.check.recycles
 
-    def solve(self, at: Linearised, request: Request, args: Any) -> tuple[PyTree[Array], StageInfo]:
+    def solve(self, at: Linearised, request: Request) -> tuple[PyTree[Array], StageInfo]:
         """One of the two, by what is solved for."""
         own = request._replace(wanted=request.wanted & ~request.correction)
         checking = request._replace(wanted=request.wanted & request.correction)
-        x_own, info_own = self.first.solve(at, own, args)
-        x, info = self.check.solve(at, checking, args)
+        x_own, info_own = self.first.solve(at, own)
+        x, info = self.check.solve(at, checking)
         # What the user's solver knows of the curvature is less than what the check knows.
         info_own = info_own._replace(
             curvature_min=jnp.full_like(info_own.curvature_min, jnp.inf),
@@ -419,11 +438,26 @@ def resolve_preconditioner(preconditioner: Any, theta: PyTree, args: Any) -> lx.
                 "`preconditioner` of `Implicit` must be a Lineax operator, or a function (theta, args) -> operator; "
                 f"the function returned {type(preconditioner).__name__}."
             )
+    _check_fits(preconditioner, theta)
+    return stop_gradient(preconditioner)
+
+
+def preconditioner_at(
+    preconditioner: Any, kept: KeptPreconditioner | None, theta: PyTree, args: Any
+) -> tuple[lx.AbstractLinearOperator | None, KeptPreconditioner | None]:
+    """The operator that serves at `theta`, and what is kept of it for later ones."""
+    if kept is None:
+        return resolve_preconditioner(preconditioner, theta, args), None
+    operator, kept = renewed_if_due(preconditioner, kept, theta, args)
+    _check_fits(operator, theta)
+    return operator, kept
+
+
+def _check_fits(operator: lx.AbstractLinearOperator, theta: PyTree) -> None:
     wanted = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(theta, eqx.is_inexact_array))]
-    found = [leaf.shape for leaf in jax.tree.leaves(preconditioner.in_structure())]
+    found = [leaf.shape for leaf in jax.tree.leaves(operator.in_structure())]
     if wanted != found:
         raise ValueError(
             "`preconditioner` of `Implicit` must act on vectors shaped like theta, with leaves of the shapes "
             f"{wanted}; its operator takes {found}."
         )
-    return stop_gradient(preconditioner)

@@ -59,9 +59,10 @@ from curvax.implicit._progress import (
     integer,
 )
 from curvax.implicit._rule import Outcome, State, Stats, Task
-from curvax.implicit._stage import AbstractStage, Request
+from curvax.implicit._stage import AbstractStage, Request, preconditioner_at
 from curvax.implicit._trend import extrapolate, follow
 from curvax.linear._recycle import Recycled, forget_if, maintain
+from curvax.linear._upkeep import KeptPreconditioner, after_call, due_if
 
 # Entries of a Gram matrix that are read.
 _SQUARES = [(i, i) for i in range(4)]
@@ -73,6 +74,7 @@ class _Carry(NamedTuple):
     grad: PyTree[Array]  # the hypergradient that would be returned
     point: PyTree[Array]  # where it was taken
     recycled: Recycled | None
+    preconditioner: KeptPreconditioner | None
     progress: Packed[Progress]
 
 
@@ -163,6 +165,7 @@ def _start(
         grad=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), task.phi),
         point=theta,
         recycled=None if before is None else forget_if(jnp.logical_not(state.warm), before),
+        preconditioner=state.preconditioner,
         progress=pack(progress),
     )
 
@@ -200,7 +203,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         theta, new_steps, _ = task.solve(carry[0])
         return theta, carry[1] + new_steps.astype(jnp.int32)
 
-    def solve(c: _Carry, visit: _Visit, adjoint_residual: PyTree[Array], d: Decision) -> Any:
+    def solve(c: _Carry, visit: _Visit, operator: Any, adjoint_residual: PyTree[Array], d: Decision) -> Any:
         """The one linear solve of a turn: x, what it learnt, and the directions that it left."""
         damping = jnp.where(d.correction, jnp.zeros((), dtype), accuracy.damping)
         adjoint_rhs = tree_axpy(-damping, c.adjoint, adjoint_residual)
@@ -219,8 +222,9 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             curvature_min=d.curvature_min,
             recycled=c.recycled,
             moved=~c.progress.pick(lambda p: p.tried),
+            preconditioner=operator,
         )
-        x, info = stage.solve(visit.at, request, (task.rebuild(c.theta), task.args))
+        x, info = stage.solve(visit.at, request)
         # θ and φ may differ in precision; what is known about them is kept in the higher one.
         scalars = jax.tree.map(
             lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
@@ -228,10 +232,10 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         )
         return x, scalars, info.recycled
 
-    def turn(c: _Carry, visit: _Visit) -> _Carry:
+    def turn(c: _Carry, visit: _Visit, operator: Any) -> _Carry:
         grad, adjoint_residual, measured = _evaluate(c, visit, c.progress.pick(lambda p: p.phase) == POLISH)
         decision = decides(c.progress, measured, packed_limits)
-        x, info, recycled = solve(c, visit, adjoint_residual, decision.tree)
+        x, info, recycled = solve(c, visit, operator, adjoint_residual, decision.tree)
         progress = proceeds(c.progress, decision, info, packed_limits)
         moves = progress.pick(lambda p: p.moves)
         theta = tree_where(moves.theta, tree_add(c.theta, x), c.theta)
@@ -244,6 +248,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
             grad=tree_where(moves.retry | moves.keep_point, nowhere, kept),
             point=tree_where(moves.retry, init.point, point),
             recycled=None if recycled is None else forget_if(moves.retry, recycled),
+            preconditioner=None if c.preconditioner is None else due_if(moves.retry, c.preconditioner),
             progress=progress,
         )
 
@@ -253,6 +258,9 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         theta, inner_steps = run_if(solving, inner, (c.theta, progress.counts.inner_steps))
         needed = (progress.phase != POLISH) & (progress.phase != DONE)
         visit, unit = _visit(task, theta, needed, progress.unit)
+        operator, kept = preconditioner_at(
+            stage.preconditioned_by, c.preconditioner, task.rebuild(theta), task.args
+        )
         adjoint = tree_scale(jnp.where(progress.unit == unit, 1, unit), c.adjoint)
         here = progress._replace(
             unit=unit,
@@ -263,8 +271,8 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         )
         return jax.lax.while_loop(
             staying,
-            lambda c: turn(c, visit),
-            c._replace(theta=theta, adjoint=adjoint, progress=pack(here)),
+            lambda c: turn(c, visit, operator),
+            c._replace(theta=theta, adjoint=adjoint, preconditioner=kept, progress=pack(here)),
         )
 
     def staying(c: _Carry) -> Bool[Array, ""]:
@@ -272,7 +280,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         return ~moved & (phase != DONE)
 
     end = jax.lax.while_loop(lambda c: c.progress.pick(lambda p: p.phase) != DONE, stay, init)
-    return _outcome(task, state, end)
+    return _outcome(task, stage, state, end)
 
 
 def _in_true_units(
@@ -284,7 +292,7 @@ def _in_true_units(
     return kept, tree_scale(factor, grad), tree_scale(factor, adjoint)
 
 
-def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
+def _outcome(task: Task, stage: AbstractStage, state: State, end: _Carry) -> Outcome:
     """What the loop ended with, as the user sees it."""
     progress = end.progress.tree
     curvature, counts = progress.curvature, progress.counts
@@ -306,6 +314,11 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
     recycled = state.recycled
     if end.recycled is not None:
         recycled = maintain(end.recycled, counts.matvecs, counts.decades, state.warm, usable)
+    preconditioner = end.preconditioner
+    if preconditioner is not None:
+        preconditioner = after_call(
+            stage.preconditioned_by, preconditioner, counts.matvecs, counts.decades, usable
+        )
     trend = state.trend
     if trend is not None:
         before, after = (state.theta, state.adjoint), (end.theta, adjoint)
@@ -317,6 +330,7 @@ def _outcome(task: Task, state: State, end: _Carry) -> Outcome:
         warm=usable,
         trend=trend,
         recycled=recycled,
+        preconditioner=preconditioner,
         key=state.key,
     )
     return Outcome(kept.value, grad, end.point, result, stats, new_state, no_influence)

@@ -16,3 +16,5 @@ from curvax.linear._nystrom import nystrom as nystrom
 from curvax.linear._refined import Refined as Refined
 from curvax.linear._sylvester import solve_lyapunov as solve_lyapunov
 from curvax.linear._sylvester import solve_sylvester as solve_sylvester
+from curvax.linear._upkeep import KeptPreconditioner as KeptPreconditioner
+from curvax.linear._upkeep import Upkeep as Upkeep

@@ -52,7 +52,7 @@ class CGInfo(NamedTuple):
     preconditioned operator where there is a preconditioner. Of the operator itself, `norm` is the largest ‖Ap‖/‖p‖ that
     was seen, `lowest` the estimate of its smallest eigenvalue, `rayleigh` the smallest Rayleigh quotient. `status` is
     one of the codes above; RUNNING means that the budget was spent. `recycled` has the directions that were kept,
-    `decades` by how many powers of ten √(rᵀM⁻¹r) has fallen, 0 where nothing is recycled.
+    `decades` by how many powers of ten √(rᵀM⁻¹r) has fallen, 0 where there is no preconditioner.
     """
 
     num_matvecs: Int[Array, ""]
@@ -249,7 +249,7 @@ def conjugate_gradient(
         rayleigh=end.rayleigh,
         status=end.status,
         recycled=kept,
-        decades=zero if recycled is None else 0.5 * jnp.log10(gamma / end.gamma),
+        decades=zero if plain else 0.5 * jnp.log10(gamma / end.gamma),
     )
     return tree_scale(1 / unit, last.x), info
 
