@@ -6,7 +6,8 @@
 #   make lint | docs | bench | lock
 #
 # PYTHON=python3.12 picks the interpreter, EXTRAS=cuda13 adds an extra (here: JAX for CUDA 13),
-# PYTEST_ARGS="-m 'not slow'" and BENCH_ARGS="..." are handed on, JOBS=4 sets the test processes.
+# PYTEST_ARGS="-m 'not slow'" and BENCH_ARGS="..." are handed on, JOBS=4 sets the test processes;
+# PYTEST_ARGS=--thorough runs every case of every sweep, as before a release.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

@@ -25,13 +25,13 @@ import problems
 
 import curvax as cx
 
-NUM_STEPS = 60
+NUM_STEPS = 70
 REPEATS = 7
-IMAGES = 1000  # for steps of 5 to 10 ms on two cores
+IMAGES = 1000
 PROBLEM = cx.Bilevel(inner=problems.inner, outer=problems.outer)
 OPTIMIZER = optax.adam(0.05)
 SOLVER = optx.LBFGS(rtol=1e-3, atol=1e-3)
-RTOL, MAX_SWEEPS = 1e-3, 8
+RTOL, MAX_SWEEPS = 1e-3, 8  # for steps of 5 to 10 ms on two cores
 DRIVER = "cx.minimise"
 
 

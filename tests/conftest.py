@@ -29,8 +29,17 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"curvax: jax {jax.__version__} on {backend}, float64, CURVAX_TEST_SEED={BASE_SEED}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--thorough` runs every case of every sweep."""
+    parser.addoption("--thorough", action="store_true", help="also run what is marked `thorough`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `thorough` unless asked; skip what is marked `gpu` where there is none."""
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
     if any(device.platform == "gpu" for device in jax.devices()):
         return
     for item in items:

@@ -26,6 +26,23 @@ def run_if(needed: Bool[Array, ""], compute: Callable[[_T], _T], otherwise: _T) 
     )[1]
 
 
+def map_in_chunks(fn: Callable[[_T], _S], xs: _T, size: int) -> _S:
+    """`vmap(fn)(xs)` over the leading axis, at most `size` rows at a time, in order.
+
+    Not `jax.lax.map(batch_size=...)`: that traces and compiles `fn` a second time for the rows that are left over, and
+    runs the two loops side by side, which XLA on CPU does not always survive (it has been seen to wait for ever).
+    Here rows are repeated to fill the last chunk, fewer than there are chunks.
+    """
+    count = len(jax.tree.leaves(xs)[0])
+    chunks = -(-count // size)
+    if chunks <= 1:
+        return jax.vmap(fn)(xs)
+    size = -(-count // chunks)
+    rows = jnp.minimum(jnp.arange(chunks * size), count - 1).reshape(chunks, size)
+    ys = jax.lax.map(lambda chunk: jax.vmap(fn)(jax.tree.map(lambda x: x[chunk], xs)), rows)
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], ys)
+
+
 class _Place(NamedTuple):
     """Where a leaf is kept: which part of which array."""
 

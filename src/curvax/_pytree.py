@@ -1,12 +1,13 @@
 """Arithmetic on pytrees of arrays. `None` leaves are empty subtrees, as everywhere in JAX."""
 
 import functools as ft
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from curvax._control import in_one_kernel
@@ -96,37 +97,55 @@ def _unit(widest: float, largest: Scalar) -> Scalar:
     return jnp.where((largest > 0) & jnp.isfinite(largest), unit, 1)
 
 
-# A stack copies its vectors: above this size that costs more memory and time than the reductions cost to compile.
-_STACKED_SIZE = 16384
+# Above this size a running sum of float32 numbers would lose digits, and the compiler's own reductions are as fast.
+_RUNNING_SUM_SIZE = 65536
 
 
 def tree_gram(
     *vectors: PyTree[Array], wanted: Collection[tuple[int, int]] | None = None, dtype: Any = None
 ) -> Float[Array, "n n"]:
-    """Gram matrix of the vectors over all leaves; of large ones only the entries that are `wanted`, zeros elsewhere.
+    """Gram matrix of the vectors over all leaves: the entries that are `wanted` (by default all), zeros elsewhere.
 
-    One stacked product instead of a reduction for every pair: on CPU each reduction is two or three kernels to
-    compile, and these would be most of the compile time of an iterative solver. The matrix as a whole is for
-    `in_one_kernel`: every entry taken out of it before is a kernel too.
+    On CPU one reduction of many operands for each leaf instead of one for every pair: each of those is two or three
+    kernels to compile, which would be most of the compile time of an iterative solver, and reads its vectors anew. The
+    matrix as a whole is for `in_one_kernel`: every entry taken out of it before is a kernel too.
     """
     dtype = tree_dtype(vectors) if dtype is None else dtype
-    indices = range(len(vectors))
+    count = len(vectors)
+    pairs = [(i, j) for i in range(count) for j in range(i, count) if wanted is None or (i, j) in wanted]
+    flat = [[leaf.astype(dtype).ravel() for leaf in jax.tree.leaves(vector)] for vector in vectors]
+    sums = [jnp.zeros((), dtype)] * len(pairs)
+    for arrays in zip(*flat, strict=True):
+        if arrays[0].size:
+            sums = [total + part for total, part in zip(sums, _inner_products(arrays, pairs), strict=True)]
+    place = {pair: number for number, pair in enumerate(pairs)}
+    nothing = jnp.zeros((), dtype)
+    entries = [
+        sums[place[min(i, j), max(i, j)]] if (min(i, j), max(i, j)) in place else nothing
+        for i in range(count)
+        for j in range(count)
+    ]
+    return jnp.stack(entries).reshape(count, count)
 
-    def leaf(*arrays: Array) -> Array:
-        if arrays[0].size > _STACKED_SIZE:
-            flat = [a.astype(dtype).ravel() for a in arrays]
-            nothing = jnp.zeros((), dtype)
-            pairs = {
-                (i, j): jnp.sum(flat[i] * flat[j]) if wanted is None or (i, j) in wanted else nothing
-                for i in indices
-                for j in indices
-                if i <= j
-            }
-            return jnp.stack([jnp.stack([pairs[min(i, j), max(i, j)] for j in indices]) for i in indices])
-        stacked = jnp.stack([a.astype(dtype).ravel() for a in arrays])
-        return jnp.matmul(stacked, stacked.T, precision=jax.lax.Precision.HIGHEST)
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, *vectors)), start=jnp.zeros((), dtype))
+def _inner_products(vectors: Sequence[Array], pairs: Sequence[tuple[int, int]]) -> Sequence[Array]:
+    """The inner products of these pairs of vectors, (n,) each."""
+    size, dtype = vectors[0].size, vectors[0].dtype
+    if size > _RUNNING_SUM_SIZE or jax.default_backend() != "cpu":
+        return [jnp.sum(vectors[i] * vectors[j]) for i, j in pairs]
+    # A running sum waits for its last addition: some of them side by side do not.
+    parts = min(4 if len(pairs) < 4 else 2, size)
+    length = size // parts
+    slices = [[jax.lax.slice(v, (k * length,), ((k + 1) * length,)) for v in vectors] for k in range(parts)]
+    products = [part[i] * part[j] for part in slices for i, j in pairs]
+    add = lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True))  # noqa: E731
+    sums = jax.lax.reduce(tuple(products), (np.zeros((), dtype),) * len(products), add, (0,))
+    rest = [jax.lax.slice(v, (parts * length,), (size,)) for v in vectors] if size % parts else None
+    totals = []
+    for number, (i, j) in enumerate(pairs):
+        total = sum(sums[number :: len(pairs)][1:], start=sums[number])
+        totals.append(total if rest is None else total + jnp.sum(rest[i] * rest[j]))
+    return totals
 
 
 def tree_size(x: PyTree) -> int:

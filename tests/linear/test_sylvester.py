@@ -76,7 +76,9 @@ def test_pairs_of_eigenvalues_wherever_they_fall():
         assert np.linalg.norm(a @ found + found @ b - c) < 1e-14 * rounding
 
 
-@pytest.mark.parametrize(("tag_a", "tag_b"), [(True, True), (True, False)])
+@pytest.mark.parametrize(
+    ("tag_a", "tag_b"), [pytest.param(True, True, marks=pytest.mark.thorough), (True, False)]
+)
 def test_symmetric_operators(rng, tag_a, tag_b):
     a, b, c = _problem(rng, 40, 31)
     a, b = (a + a.T if tag_a else a), (b + b.T if tag_b else b)
@@ -267,7 +269,7 @@ def test_wrong_options():
         solve_lyapunov(eye, pair)
 
 
-@pytest.mark.parametrize(("wind", "rank"), [(0.0, 1), (30.0, 3)])
+@pytest.mark.parametrize(("wind", "rank"), [pytest.param(0.0, 1, marks=pytest.mark.thorough), (30.0, 3)])
 def test_low_rank_sylvester(rng, wind, rank):
     """Convection and diffusion; extended Krylov spaces."""
     a, b = _laplacian(120, wind), _laplacian(90, -wind)
@@ -298,6 +300,7 @@ def test_low_rank_lyapunov_in_the_plane(rng, sign, wind):
     assert np.all(np.sum(solution.left * solution.right, axis=0)[: rank // 2] * sign > 0)
 
 
+@pytest.mark.thorough
 def test_low_rank_from_products_only(rng):
     a, b = 4 * np.eye(80) + _problem(rng, 80, 80)[0] / 10, 2 * np.eye(50) + np.diag(np.ones(49), 1)
     u, v = rng.normal(size=(80, 2)), rng.normal(size=(50, 2))

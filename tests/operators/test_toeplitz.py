@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 
 from curvax.operators._toeplitz import Toeplitz, ToeplitzInverse, _fast_length
+from helpers.sweep import sweep
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -29,7 +30,7 @@ def _gathered(column, row):
 
 @every_dtype
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("size", [1, 2, 21])
+@pytest.mark.parametrize("size", sweep([1, 2, 21], always=[1, 21]))
 def test_everything_against_the_dense_matrix(size, symmetric, dtype, rng):
     column, row = _regular(size, rng, dtype)
     row = None if symmetric else row
@@ -132,7 +133,7 @@ def _solve_and_logdet(column, row, vector):
 
 
 @every_dtype
-@pytest.mark.parametrize("size", [3, 33])
+@pytest.mark.parametrize("size", sweep([3, 33], always=[3]))
 @pytest.mark.parametrize("kind", SINGULAR)
 def test_singular_is_never_a_plausible_number(kind, size, dtype, rng):
     column, row = (jnp.asarray(part, dtype) for part in SINGULAR[kind](size, rng))

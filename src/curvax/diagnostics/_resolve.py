@@ -11,6 +11,7 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
+from curvax._control import map_in_chunks
 from curvax._pytree import tree_all_finite, tree_axpy, tree_norm, tree_size, tree_where
 from curvax.diagnostics._krylov import flatten_like
 
@@ -42,9 +43,8 @@ def dense_inverse(residual: Residual, theta: PyTree[Array], phi: PyTree[Array]) 
     flat = flatten_like(theta)
     _, product = jax.linearize(lambda th: residual(th, phi), theta)
     # In batches: a vmap over all columns would hold DENSE_LIMIT copies of the model's activations.
-    columns = jax.lax.map(
-        lambda v: flat.pack(product(flat.unpack(v))), jnp.eye(flat.size, dtype=flat.dtype), batch_size=64
-    )
+    column = lambda v: flat.pack(product(flat.unpack(v)))  # noqa: E731
+    columns = map_in_chunks(column, jnp.eye(flat.size, dtype=flat.dtype), 64)
     return jnp.linalg.inv(columns.T)
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
+from curvax._control import map_in_chunks
+
 # 4096² float64 numbers are 134 MB; products with that many basis vectors are the larger cost.
 MAX_DENSE_ELEMENTS = 4096**2
 # Basis vectors pushed through the operator at once: each carries its own copy of the activations.
@@ -64,22 +66,27 @@ def dense_matrix(operator: lx.AbstractLinearOperator) -> Float[Array, "rows colu
     multiple of one product. Raises `ValueError` above `MAX_DENSE_ELEMENTS`.
     """
     check_dense_size(operator)
+    if operator.out_size() < operator.in_size():
+        return matrix_by_columns(operator.transpose()).T
+    return matrix_by_columns(operator)
+
+
+def matrix_by_columns(operator: lx.AbstractLinearOperator) -> Float[Array, "rows columns"]:
+    """The same for any size and without the transpose: by one product for each column."""
     rows, columns = operator.out_size(), operator.in_size()
     dtype = structure_dtype((operator.in_structure(), operator.out_structure()))
     if min(rows, columns) == 0:
         return jnp.zeros((rows, columns), dtype)
-    by_rows = rows < columns
-    applied = operator.transpose() if by_rows else operator
-    applied = lx.linearise(applied)
+    applied = lx.linearise(operator)
     structure = applied.in_structure()
 
-    def product(index: Array) -> Float[Array, " n"]:
-        basis = jnp.zeros((min(rows, columns),), dtype).at[index].set(1)
+    def product(index: Array) -> Float[Array, " rows"]:
+        basis = jnp.zeros((columns,), dtype).at[index].set(1)
         return ravel(applied.mv(unravel(basis, structure)), dtype)
 
-    lines = jax.lax.map(product, jnp.arange(min(rows, columns)), batch_size=_CHUNK)
+    lines = map_in_chunks(product, jnp.arange(columns), _CHUNK)
     # XLA's CPU compiler (JAX 0.10) fails where an FFT feeds a factorisation directly.
-    return jax.lax.optimization_barrier(lines if by_rows else lines.T)
+    return jax.lax.optimization_barrier(lines.T)
 
 
 def matrix_free_diagonal(operator: lx.AbstractLinearOperator) -> Float[Array, " n"]:
@@ -92,4 +99,4 @@ def matrix_free_diagonal(operator: lx.AbstractLinearOperator) -> Float[Array, " 
         basis = jnp.zeros((size,), dtype).at[index].set(1)
         return ravel(applied.mv(unravel(basis, applied.in_structure())), dtype)[index]
 
-    return jax.lax.map(entry, jnp.arange(size), batch_size=_CHUNK)
+    return map_in_chunks(entry, jnp.arange(size), _CHUNK)

@@ -1,0 +1,58 @@
+"""Inner products of pytrees and maps in chunks: what every solver is made of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvax._control import map_in_chunks
+from curvax._pytree import _RUNNING_SUM_SIZE, tree_gram
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [0, 1, 3, 5, 701, _RUNNING_SUM_SIZE + 1])
+def test_gram_matrix_of_trees(size, dtype, rng):
+    vectors = rng.standard_normal((3, size + 5)).astype(dtype)
+
+    def tree(v):
+        return {"a": v[:size], "b": v[size : size + 4].reshape(2, 2), "c": v[size + 4], "none": None}
+
+    trees = [tree(jnp.asarray(v)) for v in vectors]
+    truth = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    scale = np.sqrt(np.outer(np.diag(truth), np.diag(truth)))
+    found = np.asarray(jax.jit(tree_gram)(*trees), np.float64)
+    assert jax.jit(tree_gram)(*trees).dtype == dtype
+
+    assert np.max(np.abs(found - truth) / scale) < tolerance
+    wanted = [(0, 0), (1, 2)]
+    some = np.asarray(tree_gram(*trees, wanted=wanted), np.float64)
+    kept = np.zeros((3, 3), bool)
+    for i, j in wanted:
+        kept[i, j] = kept[j, i] = True
+    assert np.max(np.abs(some - np.where(kept, truth, 0)) / scale) < tolerance
+    many = jax.vmap(lambda s: tree_gram(jax.tree.map(lambda x: s.astype(dtype) * x, trees[0]), trees[1]))(
+        jnp.arange(1.0, 3.0)
+    )
+    assert abs(float(many[1, 0, 1]) - 2 * truth[0, 1]) < 2 * tolerance * scale[0, 1]
+
+
+def test_gram_matrix_of_mixed_precision():
+    low, high = jnp.arange(3, dtype=jnp.bfloat16), jnp.arange(3, dtype=jnp.float32)
+    np.testing.assert_array_equal(tree_gram((low, high), (low, high)), [[10.0, 10.0], [10.0, 10.0]])
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 9, 13])
+def test_map_in_chunks(count):
+    traces = []
+
+    xs = {"x": jnp.arange(2.0 * count).reshape(count, 2)}
+
+    def square(row):
+        traces.append(row)
+        return {"sum": jnp.sum(row["x"]), "row": row["x"] ** 2}
+
+    found = map_in_chunks(square, xs, 4)
+    np.testing.assert_array_equal(found["row"], xs["x"] ** 2)
+    np.testing.assert_array_equal(found["sum"], xs["x"].sum(axis=1))
+    assert len(traces) == 1
