@@ -18,7 +18,7 @@ import harness
 import jax
 import problems
 
-REPEATS = 5
+REPEATS = 9
 ESTIMATING = "Curvax with error estimate"
 LIBRARIES = {
     "Curvax": contenders.curvax_plain,

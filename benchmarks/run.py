@@ -65,12 +65,21 @@ def markdown(figures: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def sections(text: str) -> dict[str, str]:
+    """The parts of figures in Markdown by the name of their benchmark; what stands before them by ""."""
+    first, *others = re.split(r"^(?=## )", text.strip() + "\n", flags=re.M)
+    return {"": first} | {re.search(r"`benchmarks/(\w+)\.py`", part)[1]: part for part in others}
+
+
 def into_page(text: str) -> None:
-    """Replace what stands between the marks of docs/benchmarks.md."""
+    """Put the figures between the marks of docs/benchmarks.md; those of other benchmarks stay."""
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    old, _, after = rest.partition(END)
+    merged = sections(old) | sections(text)
+    parts = [merged.pop(""), *(merged[name] for name in sorted(merged))]
+    figures = "\n\n".join(part.strip() for part in parts)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import zlib
 
 import hypothesis
@@ -13,6 +14,8 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 matplotlib.use("Agg")
+# Where the suite runs in the background Ctrl-C is ignored, and would be by the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Added to the seed of every test, to try the suite on other draws: CURVAX_TEST_SEED=1 make test.
 BASE_SEED = int(os.environ.get("CURVAX_TEST_SEED", "0"))

@@ -97,6 +97,8 @@ def _unit(widest: float, largest: Scalar) -> Scalar:
     return jnp.where((largest > 0) & jnp.isfinite(largest), unit, 1)
 
 
+# Up to this size a stacked product is nearly as fast as one reduction, and compiles to no kernel but that of the stack.
+_STACKED_SIZE = 1024
 # Above this size a running sum of float32 numbers would lose digits, and the compiler's own reductions are as fast.
 _RUNNING_SUM_SIZE = 65536
 
@@ -104,28 +106,28 @@ _RUNNING_SUM_SIZE = 65536
 def tree_gram(
     *vectors: PyTree[Array], wanted: Collection[tuple[int, int]] | None = None, dtype: Any = None
 ) -> Float[Array, "n n"]:
-    """Gram matrix of the vectors over all leaves: the entries that are `wanted` (by default all), zeros elsewhere.
+    """Gram matrix of the vectors over all leaves; of large ones only the entries that are `wanted`, zeros elsewhere.
 
-    On CPU one reduction of many operands for each leaf instead of one for every pair: each of those is two or three
-    kernels to compile, which would be most of the compile time of an iterative solver, and reads its vectors anew. The
-    matrix as a whole is for `in_one_kernel`: every entry taken out of it before is a kernel too.
+    One stacked product, or one reduction of many operands, instead of a reduction for every pair: on CPU each of those
+    is two or three kernels to compile, which would be most of the compile time of an iterative solver. The matrix as a
+    whole is for `in_one_kernel`: every entry taken out of it before is a kernel too.
     """
     dtype = tree_dtype(vectors) if dtype is None else dtype
     count = len(vectors)
     pairs = [(i, j) for i in range(count) for j in range(i, count) if wanted is None or (i, j) in wanted]
-    flat = [[leaf.astype(dtype).ravel() for leaf in jax.tree.leaves(vector)] for vector in vectors]
-    sums = [jnp.zeros((), dtype)] * len(pairs)
-    for arrays in zip(*flat, strict=True):
-        if arrays[0].size:
-            sums = [total + part for total, part in zip(sums, _inner_products(arrays, pairs), strict=True)]
-    place = {pair: number for number, pair in enumerate(pairs)}
-    nothing = jnp.zeros((), dtype)
-    entries = [
-        sums[place[min(i, j), max(i, j)]] if (min(i, j), max(i, j)) in place else nothing
-        for i in range(count)
-        for j in range(count)
-    ]
-    return jnp.stack(entries).reshape(count, count)
+
+    def leaf(*arrays: Array) -> Float[Array, "n n"]:
+        flat = [a.astype(dtype).ravel() for a in arrays]
+        if arrays[0].size <= _STACKED_SIZE:
+            stacked = jnp.stack(flat)
+            return jnp.matmul(stacked, stacked.T, precision=jax.lax.Precision.HIGHEST)
+        known = dict(zip(pairs, _inner_products(flat, pairs), strict=True))
+        nothing = jnp.zeros((), dtype)
+        entries = [known.get((min(i, j), max(i, j)), nothing) for i in range(count) for j in range(count)]
+        return jnp.stack(entries).reshape(count, count)
+
+    found = jax.tree.leaves(jax.tree.map(leaf, *vectors))
+    return ft.reduce(jnp.add, found) if found else jnp.zeros((count, count), dtype)
 
 
 def _inner_products(vectors: Sequence[Array], pairs: Sequence[tuple[int, int]]) -> Sequence[Array]:

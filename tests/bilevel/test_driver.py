@@ -263,15 +263,6 @@ def test_callback_of_another_answer_is_refused():
         execute(run, target_rows=5, callbacks=[lambda info: 3])
 
 
-@pytest.fixture
-def _interruptible():
-    """A process that was started in the background may ignore Ctrl-C: these tests do not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
 def test_interrupt_waits_for_the_chunk(monkeypatch):
     monkeypatch.setattr(runs, "CHUNK_SECONDS", 0.05)
     constants, carry = _make()
@@ -289,7 +280,6 @@ def test_interrupt_waits_for_the_chunk(monkeypatch):
     assert run.num_rows == rows + 3
 
 
-@pytest.mark.usefixtures("_interruptible")
 def test_second_interrupt_acts_at_once():
     with pytest.raises(KeyboardInterrupt), runs.deferred_interrupt():
         signal.raise_signal(signal.SIGINT)
