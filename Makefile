@@ -7,7 +7,7 @@
 #
 # PYTHON=python3.12 picks the interpreter, EXTRAS=cuda13 adds an extra (here: JAX for CUDA 13),
 # PYTEST_ARGS="-m 'not slow'" and BENCH_ARGS="..." are handed on, JOBS=4 sets the test processes;
-# PYTEST_ARGS=--thorough runs every case of every sweep, as before a release.
+# PYTEST_ARGS=--thorough runs every case of every sweep, and optimised programs, as before a release.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -62,7 +62,7 @@ bench: $(BENCH)
 lock: $(DEV)
 	@printf '%s\n' '# Exact versions for reproducible runs, used as pip constraints. Made by: make lock' > $(LOCK).new
 	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --upgrade \
-	  --extra docs --extra benchmarks --extra cuda13 --group dev --group build \
+	  --extra docs --extra sparse --extra benchmarks --extra cuda13 --group dev --group build \
 	  --no-header --no-annotate >> $(LOCK).new
 	mv $(LOCK).new $(LOCK)
 
@@ -91,7 +91,7 @@ $(CORE): $(VENV)/.made pyproject.toml
 	@touch $@
 
 $(DEV): $(CORE)
-	$(BIN)/python $(PIP) --no-build-isolation --editable '.[docs$(if $(EXTRAS),$(comma)$(EXTRAS))]' --group dev
+	$(BIN)/python $(PIP) --no-build-isolation --editable '.[docs,sparse$(if $(EXTRAS),$(comma)$(EXTRAS))]' --group dev
 	@touch $@
 
 $(BENCH): $(BENCH_VENV)/.made pyproject.toml

@@ -11,6 +11,7 @@ same process, in turns, so that a noisy machine disturbs both alike; figures are
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import platform
@@ -169,22 +170,33 @@ def claims_table(claims: list[Claim]) -> str:
     )
 
 
-def main(measure: Callable[[], Report]) -> None:
-    """Measure, print, write JSON where `--json FILE` asks for it; exit code 1 if a claim does not hold."""
+def main(measure: Callable[..., Report], picture: Callable[[Report, str], None] | None = None) -> None:
+    """Measure, print, write JSON where `--json FILE` asks for it; exit code 1 if a claim does not hold.
+
+    A `measure(only: str = "")` is told by `--only TEXT` which rows to measure. With a `picture` there is
+    `--picture FILE` as well.
+    """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    arguments = parser.parse_args()
-    report = measure()
+    if "only" in inspect.signature(measure).parameters:
+        parser.add_argument("--only", metavar="TEXT", help="the rows whose name contains TEXT", default="")
+    if picture is not None:
+        parser.add_argument("--picture", metavar="FILE", help="also draw them into FILE")
+    arguments = vars(parser.parse_args())
+    file_name, drawing = arguments.pop("json"), arguments.pop("picture", None)
+    report = measure(**arguments)
     print(
         f"{report.title}\n{report.setting}\n\n{table(report.rows)}\n\n{claims_table(report.claims)}",
         flush=True,
     )
-    if arguments.json:
+    if picture is not None and drawing:
+        picture(report, drawing)
+    if file_name:
         content = dataclasses.asdict(report) | {
             "holds": all(c.holds for c in report.claims),
             "machine": machine(),
         }
-        with open(arguments.json, "w", encoding="utf-8") as file:
+        with open(file_name, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, ensure_ascii=False)
     sys.exit(0 if all(claim.holds for claim in report.claims) else 1)
 

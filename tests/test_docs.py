@@ -2,16 +2,14 @@
 
 import doctest
 import inspect
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import jax
 import pytest
 
+from helpers import pages
 from test_package import public_objects
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +37,8 @@ def test_page_runs(page, tmp_path):
     """The blocks of a page, in order, in an interpreter with JAX's default settings."""
     program = tmp_path / "page.py"
     program.write_text(script(page))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    done = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path, env=kept, check=False
-    )
-    assert done.returncode == 0, f"{page.name} (line numbers are the page's):\n{done.stderr}"
+    failure = pages.run(program)
+    assert not failure, f"{page.name} (line numbers are the page's):\n{failure}"
 
 
 def docstring_examples() -> dict[str, list[doctest.Example] | list[str]]:
@@ -112,6 +107,7 @@ WITHOUT_EXAMPLE = {
     "curvax.linear.Method",
     "curvax.linear.Reason",
     "curvax.operators.CrossDerivative",
+    "curvax.operators.Fisher",
     "curvax.operators.GaussNewton",
     "curvax.operators.Hessian",
     "curvax.operators.Jacobian",

@@ -1,6 +1,7 @@
 """Curvax: second derivatives put to work in JAX."""
 
 from curvax import bilevel as bilevel
+from curvax import capture as capture
 from curvax import diagnostics as diagnostics
 from curvax import implicit as implicit
 from curvax import linear as linear
@@ -20,5 +21,9 @@ from curvax.diagnostics import check_hypergradient as check_hypergradient
 from curvax.implicit import FixedPoint as FixedPoint
 from curvax.implicit import Implicit as Implicit
 from curvax.implicit import Root as Root
+from curvax.unroll import FiniteDifference as FiniteDifference
+from curvax.unroll import FirstOrder as FirstOrder
+from curvax.unroll import MemoryBudget as MemoryBudget
+from curvax.unroll import OneStep as OneStep
 from curvax.unroll import Steps as Steps
 from curvax.unroll import Unrolled as Unrolled

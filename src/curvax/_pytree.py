@@ -99,8 +99,8 @@ def _unit(widest: float, largest: Scalar) -> Scalar:
 
 # Up to this size a stacked product is nearly as fast as one reduction, and compiles to no kernel but that of the stack.
 _STACKED_SIZE = 1024
-# Above this size a running sum of float32 numbers would lose digits, and the compiler's own reductions are as fast.
-_RUNNING_SUM_SIZE = 65536
+# Above these sizes a running sum would lose digits, and the compiler's own reductions are as fast.
+_RUNNING_SUM_SIZE = {4: 8192, 8: 65536}
 
 
 def tree_gram(
@@ -133,7 +133,7 @@ def tree_gram(
 def _inner_products(vectors: Sequence[Array], pairs: Sequence[tuple[int, int]]) -> Sequence[Array]:
     """The inner products of these pairs of vectors, (n,) each."""
     size, dtype = vectors[0].size, vectors[0].dtype
-    if size > _RUNNING_SUM_SIZE or jax.default_backend() != "cpu":
+    if size > _RUNNING_SUM_SIZE.get(jnp.dtype(dtype).itemsize, 0) or jax.default_backend() != "cpu":
         return [jnp.sum(vectors[i] * vectors[j]) for i, j in pairs]
     # A running sum waits for its last addition: some of them side by side do not.
     parts = min(4 if len(pairs) < 4 else 2, size)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         adjoint_not_converged: ClassVar["RESULTS"]
         inner_not_converged: ClassVar["RESULTS"]
         precision_limited: ClassVar["RESULTS"]
+        chaotic_path: ClassVar["RESULTS"]
         where: ClassVar[Any]
         promote: ClassVar[Any]
         error_if: ClassVar[Any]
@@ -44,8 +45,10 @@ else:
         singular_curvature = (
             "The curvature of the inner problem is singular to working precision: its smallest Ritz "
             "value is at rounding level. The inner solution is not unique to first order, so "
-            "the hypergradient is not defined. Regularise the inner problem (an L2 term), or ask for a "
-            "damped derivative with `Implicit(damping=..., rtol=None)`."
+            "the hypergradient is not defined. Regularise the inner problem (an L2 term), ask for a "
+            "damped derivative with `Implicit(damping=..., rtol=None)`, or, where the solutions form a family that "
+            "can be followed, for that of the solution that moves least with "
+            "`Implicit(linear_solver=cx.linear.TruncatedSpectrum())`."
         )
         indefinite_curvature = (
             "A direction of negative curvature was found: the point that the inner solver returned is "
@@ -53,9 +56,10 @@ else:
             "was given: it may not be positive definite.)"
         )
         no_influence = (
-            "A hyperparameter has no influence: neither the outer loss nor the inner gradient depends on "
-            "it. If it enters through the start or through the inner optimiser, the implicit derivative "
-            "does not see it: use `cx.Unrolled()` with `cx.Steps`."
+            "A hyperparameter has no influence that the rule could see: neither the outer loss nor the inner "
+            "gradient depends on it (`cx.FirstOrder()` looks at the outer loss alone). If it enters through the "
+            "start or through the inner optimiser, the implicit derivative does not see it: use `cx.Unrolled()` "
+            "with `cx.Steps`."
         )
         adjoint_not_converged = (
             "The linear solve for the adjoint spent its budget of steps. Pass a preconditioner, a direct "
@@ -71,6 +75,12 @@ else:
             "The accuracy that was requested of the hypergradient is beyond what this floating-point "
             "precision allows at the condition number of the inner curvature. Use float64, regularise the "
             "inner problem, or loosen `rtol`/`atol` of the rule."
+        )
+        chaotic_path = (
+            "The steps of the inner solver amplify perturbations so much that rounding errors grow to more than one "
+            "per cent on the way: in another order of operations the path would lead elsewhere, and its derivative "
+            "would be another. Take smaller or fewer steps, clip the inner gradients, differentiate only the last "
+            "steps (`cx.Unrolled(truncate=...)`), or compute in float64."
         )
 
 

@@ -16,6 +16,7 @@ import pytest
 import curvax as cx
 from helpers import effectivity
 from helpers.stopped import stack
+from helpers.sweep import sweep
 
 EPS = np.finfo(np.float64).eps
 REQUESTS = np.array([1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9])
@@ -77,7 +78,7 @@ def test_quadratics(name, seed):
     judge(name, stopped, effectivity.measure(stopped, rtols, **options), rtols)
 
 
-@pytest.mark.parametrize("sweeps", [2, 5])
+@pytest.mark.parametrize("sweeps", sweep([2, 5], always=[5]))
 def test_after_more_sweeps(sweeps, seed):
     """The estimate stays honest after the polish that it steers."""
     stopped = stack(seed, n=40, every=4)
@@ -93,8 +94,13 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("sweeps", [1, 3])
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize(
+    ("name", "sweeps"),
+    sweep(
+        [(name, sweeps) for name in OTHER for sweeps in (1, 3)],
+        always=[("own MINRES", 1), ("Lineax GMRES", 3), ("dense", 3), ("Lineax CG", 1)],
+    ),
+)
 def test_other_linear_solvers(name, sweeps, seed):
     """Solvers that stop on a residual: the corrections that judge them have to notice."""
     stopped = stack(seed, n=16, conditions=(1e1, 1e2, 1e3, 1e4), every=5)
@@ -111,8 +117,9 @@ def test_other_linear_solvers(name, sweeps, seed):
     assert not np.any(row.met & (row.error > 2.05 * rtols * row.size))
 
 
-@pytest.mark.parametrize("sweeps", [1, 2])
-@pytest.mark.parametrize("size", [12, 40])
+@pytest.mark.parametrize(
+    ("size", "sweeps"), sweep([(12, 1), (12, 2), (40, 1), (40, 2)], always=[(12, 2), (40, 1)])
+)
 def test_roots(size, sweeps, seed):
     """A non-symmetric Jacobian with the same solution: the hypergradient of the minimum is the truth."""
     stopped = stack(seed, n=size, conditions=(1e1, 1e2, 1e3, 1e4), every=4)

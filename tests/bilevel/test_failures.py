@@ -211,20 +211,32 @@ def test_multiplied_by_zero():
     assert hg.result == cx.RESULTS.no_influence
 
 
+def seen_inner(w, p, _):
+    return jnp.sum((w - p["seen"]) ** 2)
+
+
+def hidden_outer(w, p, _):
+    return jnp.sum(w**2) + p.get("outer", 0.0) ** 2
+
+
+OUTER_LEAF = cx.Bilevel(inner=seen_inner, outer=hidden_outer)
+
+
 @pytest.mark.parametrize("rtol", sweep([1e-6, None], always=[1e-6]))
 @pytest.mark.parametrize("hide", [jax.lax.stop_gradient, jnp.round, lambda x: x.astype(int).astype(x.dtype)])
 def test_hidden_from_the_derivative(hide, rtol):
     """The inner loss depends on the leaf, its derivative does not. Control: a leaf for the outer loss."""
     problem = cx.Bilevel(
-        inner=lambda w, p, _: jnp.sum((w - p["seen"]) ** 2) + jnp.sum((jax.jit(hide)(p["other"]) * w) ** 2),
-        outer=lambda w, p, _: jnp.sum(w**2) + p.get("outer", 0.0) ** 2,
+        inner=lambda w, p, _: seen_inner(w, p, _) + jnp.sum((jax.jit(hide)(p["other"]) * w) ** 2),
+        outer=hidden_outer,
     )
     phi = {"seen": jnp.ones(3), "other": jnp.full(3, 1.3)}
     method = {"inner_solver": optx.BFGS(1e-8, 1e-8), "rule": cx.Implicit(rtol=rtol), "throw": False}
     hg = jax.jit(lambda p: cx.hypergradient(problem, p, jnp.zeros(3), **method))(phi)
     assert hg.result == cx.RESULTS.no_influence
-    used = cx.Bilevel(inner=lambda w, p, _: jnp.sum((w - p["seen"]) ** 2), outer=problem.outer)
-    hg = cx.hypergradient(used, {"seen": jnp.ones(3), "outer": jnp.asarray(2.0)}, jnp.zeros(3), **method)
+    hg = cx.hypergradient(
+        OUTER_LEAF, {"seen": jnp.ones(3), "outer": jnp.asarray(2.0)}, jnp.zeros(3), **method
+    )
     assert hg.result == cx.RESULTS.successful
     np.testing.assert_allclose(hg.grad["outer"], 4.0)
 
@@ -566,3 +578,37 @@ def test_large_fixed_point_estimate_at_rounding_level():
     error = np.linalg.norm(hg.grad - truth)
     assert 0.5 * error <= hg.stats.error_estimate
     assert hg.stats.error_estimate <= 100 * max(error, 1e-15 * np.linalg.norm(truth))
+
+
+def test_a_state_needs_a_rule():
+    """A string, and a class in place of its instance."""
+    problem = cx.Bilevel(inner=quadratic, outer=quadratic)
+    for rule, name in (("implicit", "str"), (cx.Implicit, "the class Implicit")):
+        with pytest.raises(TypeError, match=rf"`rule` must be `cx.Implicit\(...\)`.*got {name}"):
+            cx.bilevel.initial_state(
+                problem, jnp.ones(2), jnp.ones(2), inner_solver=optx.BFGS(1e-6, 1e-6), rule=rule
+            )
+
+
+def test_forgotten_data_are_named():
+    """The user's own error goes on, with a note that says which data are None; none where there are data."""
+    needs = lambda w, phi, batch: jnp.sum((w - phi) ** 2) * batch[0]  # noqa: E731
+    plain = lambda w, phi, batch: jnp.sum((w - phi) ** 2)  # noqa: E731
+    bfgs, newton = optx.BFGS(1e-6, 1e-6), optx.Newton(1e-6, 1e-6)
+    cases = [
+        (needs, plain, bfgs, "`inner` was called with batch=None, since `inner_data` is None"),
+        (plain, needs, bfgs, "`outer` was called with batch=None, since `outer_data` is None"),
+        (cx.Root(lambda w, phi, batch: w - phi * batch[0]), plain, newton, "`inner_data` is None"),
+    ]
+    for inner, outer, solver, note in cases:
+        problem, args = cx.Bilevel(inner=inner, outer=outer), (jnp.ones(2), jnp.ones(2))
+        with pytest.raises(TypeError, match="not subscriptable") as caught:
+            cx.hypergradient(problem, *args, inner_solver=solver, rule=RULE)
+        assert sum(note in text for text in caught.value.__notes__) == 1
+    theta_star = cx.solution_map(cx.Bilevel(inner=needs, outer=plain), bfgs, RULE)
+    with pytest.raises(TypeError) as caught:
+        theta_star(*args)
+    assert any("in a solution map: its `batch`" in text for text in caught.value.__notes__)
+    with pytest.raises(TypeError) as caught:
+        theta_star(*args, batch=1.0)
+    assert not any("batch=None" in text for text in getattr(caught.value, "__notes__", []))

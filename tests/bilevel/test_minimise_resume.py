@@ -43,6 +43,8 @@ def _start(directory, result):
 def _steps(process):
     """Each line that the run prints, as a number of steps."""
     for line in process.stdout:
+        if line.startswith("WARNING:absl:Metadata file does not exist"):
+            continue  # Orbax, of a checkpoint in whose writing the run before was killed
         assert line.strip().isdigit(), line + process.stdout.read()
         yield int(line)
 

@@ -39,10 +39,14 @@ def test_jacobian_forward_and_reverse(name):
     slope = np.linalg.solve(inner["H"], inner["B"])
     rng = np.random.default_rng(3)
     v, u = rng.standard_normal(slope.shape[1]), rng.standard_normal(slope.shape[0])
-    value, tangent = jax.jvp(theta_star, (case.phi,), (jnp.asarray(v),))
+
+    @jax.jit
+    def both(phi, u, v):
+        return jax.jvp(theta_star, (phi,), (v,)), jax.vjp(theta_star, phi)[1](u)
+
+    (value, tangent), (cotangent,) = both(case.phi, jnp.asarray(u), jnp.asarray(v))
     assert compare.relative_error(value, case.truth.theta) <= 1e-6
     assert compare.relative_error(tangent, slope @ v) <= 1e-6
-    (cotangent,) = jax.vjp(theta_star, case.phi)[1](jnp.asarray(u))
     assert compare.relative_error(cotangent, slope.T @ u) <= 1e-6
 
 

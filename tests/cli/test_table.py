@@ -71,8 +71,12 @@ BAD = {
     "only names": (table(a=[f"n{i}" for i in range(N)]), [], "no column is left"),
     "too many classes": (table(), ["--task", "classification"], "too many for classes"),
     "small class": (table(y=one("c", lambda i: "ab"[i % 2])), [], "class 'c' of column 'y' has 1 row;"),
-    "numbers as classes": (table(), ["--model", "logistic"], "too many for classes"),
-    "weights of no classes": (table(), ["--tune", "class-weights"], "too many for classes"),
+    "numbers as classes": (
+        table(),
+        ["--model", "logistic"],
+        "leave --model logistic out, which is for classes only",
+    ),
+    "weights of no classes": (table(), ["--tune", "class-weights"], "leave --tune class-weights out"),
 }
 
 

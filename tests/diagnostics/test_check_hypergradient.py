@@ -118,8 +118,10 @@ def test_small_uncertainties_where_the_problem_is_benign():
 
 
 def test_float32_passes_with_larger_uncertainties():
+    TRACES.clear()
     single = check(honest(conditioned(1e1, dtype=np.float32)), solver=optx.BFGS(rtol=1e-5, atol=1e-5))
     assert single.ok, single
+    assert TRACES  # another dtype is another program: the control of the test that nothing is compiled
     double = check(honest(conditioned(1e1)))
     spread = lambda report: np.median([r.total.uncertainty / abs(r.total.difference) for r in report.rows])
     assert spread(double) < 1e-3 * spread(single) < 1e-3
@@ -270,8 +272,6 @@ def test_another_tolerance_or_direction_compiles_nothing():
     TRACES.clear()
     check(honest(conditioned(1e2)), num_directions=4, solver=optx.BFGS(rtol=1e-8, atol=1e-7))
     assert not TRACES
-    check(honest(conditioned(1e2, n=3)))
-    assert TRACES
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_condition_number_of_bad_operators():
     bad = condition_number(good, lx.DiagonalLinearOperator(jnp.array([1.0, -5.0]))).after
     assert np.isnan(bad.condition) and not bool(bad.converged)
     assert not bool(condition_number(lx.DiagonalLinearOperator(jnp.array([jnp.nan, 1.0]))).before.converged)
+    skewed = condition_number(lx.MatrixLinearOperator(jnp.array([[1.0, 5.0], [0.0, 2.0]]))).before
+    assert np.isnan(skewed.condition) and not bool(skewed.converged)
     # benign control: the identity
     identity = condition_number(good, lx.IdentityLinearOperator(good.in_structure()))
     assert identity.after.condition == pytest.approx(2.0)

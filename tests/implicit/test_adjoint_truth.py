@@ -77,10 +77,13 @@ def test_forward_and_reverse(name):
     def solution(phi):
         return solve(phi, case.inner_data, RULE)
 
-    value, tangent = jax.jvp(solution, (case.phi,), (jnp.asarray(v),))
+    @jax.jit
+    def both(phi, u, v):
+        return jax.jvp(solution, (phi,), (v,)), jax.vjp(solution, phi)[1](u)
+
+    (value, tangent), (cotangent,) = both(case.phi, jnp.asarray(u), jnp.asarray(v))
     assert compare.relative_error(value, case.truth.theta) <= 1e-6
     assert compare.relative_error(tangent, slope @ v) <= 1e-6
-    (cotangent,) = jax.vjp(solution, case.phi)[1](jnp.asarray(u))
     assert compare.relative_error(cotangent, slope.T @ u) <= 1e-6
 
 
@@ -97,9 +100,12 @@ def test_second_order(name):
     def loss(phi):
         return jnp.sum(solve(phi, case.inner_data, RULE) ** 4)
 
-    direction = jnp.asarray(v)
-    forward = jax.jvp(jax.grad(loss), (case.phi,), (direction,))[1]
-    reverse = jax.grad(lambda phi: jax.grad(loss)(phi) @ direction)(case.phi)
+    @jax.jit
+    def both(phi, direction):
+        forward = jax.jvp(jax.grad(loss), (phi,), (direction,))[1]
+        return forward, jax.grad(lambda phi: jax.grad(loss)(phi) @ direction)(phi)
+
+    forward, reverse = both(case.phi, jnp.asarray(v))
     assert compare.relative_error(forward, expected) <= 1e-5
     assert compare.relative_error(reverse, expected) <= 1e-5
 

@@ -117,20 +117,24 @@ def test_a_user_preconditioner_and_directions_work_together(rng):
     """Directions of A in the metric of a Jacobi preconditioner."""
     scales = np.geomspace(1.0, 1e3, N)
     matrix = np.sqrt(scales)[:, None] * _matrix(rng) * np.sqrt(scales)
-    diagonal = _tree(1 / np.diagonal(matrix))
-    steps = {}
+    diagonal, steps = _tree(1 / np.diagonal(matrix)), {}
+
+    @jax.jit
+    def solve(vector, kept):
+        return conjugate_gradient(
+            lambda v: _tree(jnp.asarray(matrix) @ _flat_traced(v)),
+            _tree(vector),
+            rtol=1e-4,
+            max_steps=2000,
+            preconditioner=lambda r: jax.tree.map(jnp.multiply, diagonal, r),
+            recycled=kept,
+        )
+
     for name, recycles in (("alone", False), ("together", True)):
         kept = nothing_recycled(LIKE, CAPACITY) if recycles else None
         for _ in range(5):
             vector = rng.normal(size=N)
-            x, info = conjugate_gradient(
-                lambda v: _tree(jnp.asarray(matrix) @ _flat_traced(v)),
-                _tree(vector),
-                rtol=1e-4,
-                max_steps=2000,
-                preconditioner=lambda r: jax.tree.map(jnp.multiply, diagonal, r),
-                recycled=kept,
-            )
+            x, info = solve(vector, kept)
             kept = info.recycled
         truth = np.linalg.solve(matrix, vector)
         assert np.linalg.norm(_flat(x) - truth) <= 1.5e-4 * np.linalg.norm(truth)
@@ -184,9 +188,10 @@ def test_leaves_of_two_precisions_never_overflow():
     def matvec(v):
         return {"a": 2 * v["a"], "b": jnp.arange(1.0, 5.0) * v["b"]}
 
+    solve = jax.jit(lambda b, kept: conjugate_gradient(matvec, b, rtol=1e-6, max_steps=50, recycled=kept))
     for size in (1e-42, 1e-60, 1e-160, 1.0):
         rhs = jax.tree.map(lambda x, s=size: jnp.full_like(x, s), like)
-        x, info = conjugate_gradient(matvec, rhs, rtol=1e-6, max_steps=50, recycled=kept)
+        x, info = solve(rhs, kept)
         kept = forget_if(jnp.asarray(size < 1), info.recycled)
         assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(kept.directions))
     assert int(info.status) == CONVERGED
@@ -207,12 +212,21 @@ def test_isolated_low_eigenvalue_is_remembered(rng):
     assert 0.4 < float(info.norm) / 50.0 < 2.5
 
 
-def _outlived(kept, matvec):
+@jax.jit
+def _tried(kept, matrix):
+    def matvec(v):
+        return _tree(matrix @ _flat_traced(v), matrix.dtype)
+
     _, info = conjugate_gradient(
         matvec, trial(kept), rtol=0.1, max_steps=1, recycled=kept, keeps=jnp.asarray(False)
     )
-    assert int(info.recycled.count) == int(kept.count)
-    return not bool(still_fits(info.decades, info.curvature_min))
+    return info.recycled.count, still_fits(info.decades, info.curvature_min)
+
+
+def _outlived(kept, matrix):
+    count, fits = _tried(kept, matrix)
+    assert int(count) == int(kept.count)
+    return not bool(fits)
 
 
 @pytest.mark.parametrize(("change", "expected"), [(0.0, False), (1e-3, False), (0.3, True), (10.0, True)])
@@ -223,21 +237,12 @@ def test_directions_are_outlived_when_the_matrix_has_moved(rng, change, expected
     root = (vectors * np.sqrt(values)) @ vectors.T
     noise = rng.normal(size=(N, N)) / np.sqrt(N)
     other = jnp.asarray(matrix + change * root @ (noise + noise.T) @ root)
-    kept = _filled(matrix, rng)
-
-    def matvec(v):
-        return _tree(other @ _flat_traced(v))
-
-    assert _outlived(kept, matvec) is expected
+    assert _outlived(_filled(matrix, rng), other) is expected
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.4, 2.5, 1e6])
 def test_directions_of_a_rescaled_matrix_are_outlived(rng, scale):
     matrix = _spread(1e2, rng)
     kept = _filled(matrix, rng, jnp.float32)
-
-    def matvec(v):
-        return _tree(jnp.asarray(scale * matrix, jnp.float32) @ _flat_traced(v), jnp.float32)
-
-    assert _outlived(kept, matvec)
-    assert _outlived(kept, lambda v: jax.tree.map(lambda x: x * jnp.nan, v))
+    assert _outlived(kept, jnp.asarray(scale * matrix, jnp.float32))
+    assert _outlived(kept, jnp.full((N, N), jnp.nan, jnp.float32))

@@ -36,7 +36,7 @@ def _integer_hilbert(n):
         ("float32", lx.LU(), 1e4),
         ("float32", CG(rtol=1e-2), 1e3),
         ("bfloat16", CG(rtol=1e-1), 10.0),
-        (None, Auto(rtol=0.1, dense_size=0), 1e3),
+        (None, Auto(rtol=0.1, dense_size=0, fallback_size=0), 1e3),
     ],
 )
 def test_float64_answer(inner, solver, condition, rng):

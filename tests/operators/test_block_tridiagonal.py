@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 
 from curvax.operators._block_tridiagonal import BlockTridiagonal
+from helpers.sweep import sweep
 
 # (tags, whether the blocks above are given): block LU, block LU of a symmetric matrix, block Cholesky.
 KINDS = {
@@ -47,8 +48,17 @@ def _make(kind, blocks, dtype=np.float64):
     return BlockTridiagonal(*cast, tags=KINDS[kind][0])
 
 
-@every_kind
-@pytest.mark.parametrize(("k", "dtype"), [(1, np.float64), (4, np.float32), (4, np.float64)])
+@pytest.mark.parametrize(
+    ("k", "dtype", "kind"),
+    sweep(
+        [
+            (k, dtype, kind)
+            for kind in KINDS
+            for k, dtype in ((1, np.float64), (4, np.float32), (4, np.float64))
+        ],
+        always=[*((k, np.float64, kind) for kind in KINDS for k in (1, 4)), (4, np.float32, "general")],
+    ),
+)
 def test_products_inverse_and_numbers(kind, k, dtype, rng):
     blocks = _blocks(kind, k, 3, rng)
     truth, v = _dense(*blocks), rng.standard_normal((k, 3))
@@ -137,7 +147,6 @@ def test_derivatives_in_the_blocks(kind, rng):
     direction = jax.tree.map(lambda b: jnp.asarray(rng.standard_normal(b.shape)), blocks)
     v, w = jnp.asarray(rng.standard_normal((2, 3, 2)))
 
-    @jax.jit
     def ours(blocks):
         operator = _make(kind, blocks)
         inverse = operator.inverse()
@@ -146,7 +155,6 @@ def test_derivatives_in_the_blocks(kind, rng):
             - inverse.logdet()
         )
 
-    @jax.jit
     def dense(blocks):
         matrix = _dense(*blocks, xp=jnp)
         solution, transposed = jnp.linalg.solve(matrix, v.ravel()), jnp.linalg.solve(matrix.T, v.ravel())
@@ -155,11 +163,12 @@ def test_derivatives_in_the_blocks(kind, rng):
             + jnp.linalg.slogdet(matrix)[1]
         )
 
-    gradient, truth = jax.jit(jax.grad(ours))(blocks), jax.jit(jax.grad(dense))(blocks)
+    ours_and_gradient = jax.jit(jax.value_and_grad(ours))
+    gradient, truth = ours_and_gradient(blocks)[1], jax.jit(jax.grad(dense))(blocks)
     assert all(float(jnp.abs(g).max()) > 1e-4 for g in jax.tree.leaves(truth))
     for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True):
         np.testing.assert_allclose(g, t, atol=1e-11)
-    moved = lambda step: ours(jax.tree.map(lambda b, d: b + step * d, blocks, direction))
+    moved = lambda step: ours_and_gradient(jax.tree.map(lambda b, d: b + step * d, blocks, direction))[0]
     difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
     assert abs(difference) > 1e-4
     _, tangent = jax.jit(lambda b, d: jax.jvp(ours, (b,), (d,)))(blocks, direction)
@@ -220,8 +229,13 @@ def test_a_singular_block_gives_nan_and_never_a_number(kind, where, rng):
             np.testing.assert_equal(float(operator.logdet()), -np.inf if known else np.nan)
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    sweep(
+        [(dtype, kind) for kind in KINDS for dtype in (np.float32, np.float64)],
+        always=[*((np.float64, kind) for kind in KINDS), (np.float32, "definite")],
+    ),
+)
 def test_singular_up_to_rounding_is_singular(kind, dtype):
     """Laplacian of a path with couplings that do not round well: the last pivot is rounding alone."""
     rng = np.random.default_rng(5)

@@ -11,6 +11,7 @@ import curvax as cx
 from curvax.operators._block_tridiagonal import BlockTridiagonal
 from curvax.operators._damped import Damped
 from curvax.operators._kronecker import Kronecker
+from helpers.sweep import sweep
 
 SPD = lx.positive_semidefinite_tag
 _SPACE = {"a": (2,), "b": (2, 1)}
@@ -81,8 +82,16 @@ def _matrix(operator):
     return np.asarray(jax.jit(jax.vmap(column, 0, 1))(jnp.eye(4, dtype=leaves[0].dtype)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    sweep(
+        [(dtype, kind) for kind in KINDS for dtype in (np.float32, np.float64)],
+        always=[
+            *((np.float64, kind) for kind in KINDS),
+            *((np.float32, kind) for kind in ("definite", "diagonal", "function")),
+        ],
+    ),
+)
 def test_products_inverse_numbers_and_tags(kind, dtype, rng):
     operator = KINDS[kind](rng, dtype)
     truth = _matrix(operator) + 0.7 * np.eye(4, dtype=dtype)

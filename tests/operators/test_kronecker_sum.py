@@ -87,7 +87,7 @@ def test_no_structure_is_said_and_auto_goes_on(rng):
             getattr(operator, method)()
     vector = jnp.asarray(rng.normal(size=(M, N)))
     truth = np.linalg.solve(2 * np.kron(a, b) + np.kron(c @ c, d @ d), vector.ravel())
-    solution = lx.linear_solve(operator, vector, Auto(rtol=1e-10, dense_size=0))
+    solution = lx.linear_solve(operator, vector, Auto(rtol=1e-10, dense_size=0, fallback_size=0))
     assert Method(int(solution.stats["method"])) == Method.cg
     np.testing.assert_allclose(solution.value.ravel(), truth, rtol=1e-8)
     # The nearest product as a preconditioner.

@@ -89,6 +89,43 @@ def test_powers(rng, exponent):
         LowRankPlusDiagonal(jnp.ones(N), jnp.asarray(u), tags=PSD).power(exponent)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_inverse_far_below_the_low_rank_part(rng, dtype):
+    """Backward stable where nothing is left of Woodbury's difference; also with columns that are zero or repeated."""
+    eps = float(jnp.finfo(dtype).eps)
+    q = np.linalg.qr(rng.normal(size=(40, 5)))[0]
+    u = jnp.asarray(np.c_[q * [1.0, 0.1, 1e-2, 1e-3, 1e-4], np.zeros(40), q[:, 0]], dtype)
+    b = jnp.asarray(rng.normal(size=40), dtype)
+    for damping in (eps * 10, eps / 10):
+        operator = LowRankPlusDiagonal(jnp.asarray(damping, dtype), u, tags=PSD)
+        for rhs in (b, operator.mv(b)):
+            x = operator.inverse().mv(rhs)
+            left = jnp.linalg.norm(operator.mv(x) - rhs)
+            assert left <= 50 * eps * 2 * jnp.linalg.norm(x) + 50 * eps * jnp.linalg.norm(rhs)
+    assert operator.inverse().inverse() is operator
+
+
+def test_derivatives_of_the_inverse_in_the_eigenbasis(rng):
+    """To second order, in both modes, at equal eigenvalues and with a column of zeros."""
+    u = np.linalg.qr(rng.normal(size=(N, 3)))[0] * [1.0, 1.0, 0.0]
+    u, b, w = jnp.asarray(u), jnp.asarray(rng.normal(size=N)), jnp.asarray(rng.normal(size=N))
+    v = jnp.asarray(rng.normal(size=(N, 3)))
+
+    def ours(t):
+        return w @ LowRankPlusDiagonal(0.5 + t[0], u + t[1] * v).inverse().mv(b + t[2] * w)
+
+    def dense(t):
+        left = u + t[1] * v
+        return w @ jnp.linalg.solve((0.5 + t[0]) * jnp.eye(N) + left @ left.T, b + t[2] * w)
+
+    t = jnp.zeros(3)
+    np.testing.assert_allclose(ours(t), dense(t), rtol=1e-12)
+    for derivative in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(
+            derivative(jax.grad(ours))(t), derivative(jax.grad(dense))(t), rtol=1e-9, atol=1e-10
+        )
+
+
 def test_singular_is_never_plausible():
     """I + VᵀD⁻¹U is singular exactly when the operator is; so is a zero in D."""
     u = jnp.zeros((4, 1)).at[0, 0].set(1.0)

@@ -1,4 +1,4 @@
-"""Plain reverse through an optax loop, against product formulas and finite differences."""
+"""Optax loops and their settings as hyperparameters, against product formulas and finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -145,14 +145,9 @@ OPTIMIZERS = {
 }
 
 
-def loosely(call):
-    """Optax's Adam computes `float ** integer`, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        return call()
-
-
 def difference_of(value, direction, step):
-    return (value(CASE.phi + step * direction) - value(CASE.phi - step * direction)) / (2 * step)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam computes `float ** integer`
+        return (value(CASE.phi + step * direction) - value(CASE.phi - step * direction)) / (2 * step)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -170,53 +165,10 @@ def test_optimizers_against_finite_differences(name):
             theta = optax.apply_updates(theta, updates)
         return CASE.outer(theta, phi, CASE.outer_data)
 
-    hg = loosely(lambda: unrolled(optimizer, 6))
-    assert float(hg.value) == pytest.approx(float(loosely(lambda: value(CASE.phi))), rel=1e-10)
+    hg = unrolled(optimizer, 6)
     direction = jnp.asarray(np.random.default_rng(0).standard_normal(12))
-    step = 1e-5
-    difference = loosely(lambda: difference_of(value, direction, step))
+    difference = difference_of(value, direction, 1e-5)
     assert float(hg.grad @ direction) == pytest.approx(float(difference), rel=1e-6)
-
-
-def test_dead_parameter_under_adam_is_right_or_reported():
-    """A parameter whose gradient is always zero: √′(0) makes the derivative of Adam's update NaN."""
-
-    def inner(theta, phi, batch):
-        return 0.5 * jnp.sum((theta[:2] - phi) ** 2) + 0.0 * theta[2]
-
-    def outer(theta, phi, batch):
-        return jnp.sum(theta**2)
-
-    def value(phi, eps_root):
-        adam = optax.adam(0.05, eps_root=eps_root)
-        theta, state = jnp.ones(3), adam.init(jnp.ones(3))
-        for _ in range(4):
-            slope = jnp.concatenate([theta[:2] - phi, jnp.zeros(1)])
-            updates, state = adam.update(slope, state, theta)
-            theta = optax.apply_updates(theta, updates)
-        return float(jnp.sum(theta**2))
-
-    problem = cx.Bilevel(inner=inner, outer=outer)
-    phi = jnp.asarray([0.4, -0.2])
-
-    def unroll(eps_root):
-        steps = cx.Steps(optax.adam(0.05, eps_root=eps_root), 4)
-        arguments = {"inner_solver": steps, "rule": cx.Unrolled(), "throw": False}
-        return loosely(lambda: cx.hypergradient(problem, phi, jnp.ones(3), **arguments))
-
-    def check(hg, eps_root):
-        for i, unit in enumerate(np.eye(2)):
-            up, down = (loosely(lambda s=s, u=unit: value(phi + s * u, eps_root)) for s in (1e-5, -1e-5))
-            assert float(hg.grad[i]) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-8)
-
-    plain = unroll(0.0)
-    if plain.result == cx.RESULTS.successful:
-        check(plain, 0.0)
-    else:
-        assert plain.result == cx.RESULTS.nonfinite
-    smoothed = unroll(1e-12)
-    assert smoothed.result == cx.RESULTS.successful
-    check(smoothed, 1e-12)
 
 
 def test_diverging_steps_are_reported():
@@ -295,3 +247,208 @@ def test_second_derivative_through_steps():
     _, slope = rollout(inner, phi, 0.4, 3, np.zeros(12))
     expected = slope.T @ outer["M"] @ slope + outer["rho"] * np.eye(12)
     assert compare.relative_error(jax.hessian(loss)(CASE.phi), expected) <= 1e-12
+
+
+def settings(phi, step):
+    """Rates for each parameter and step, momentum, decay and a schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(phi["clip"]),
+        optax.trace(decay=phi["momentum"]),
+        optax.add_decayed_weights(phi["decay"]),
+        optax.GradientTransformation(
+            lambda theta: optax.EmptyState(), lambda g, state, theta: (-phi["rates"][step] * g, state)
+        ),
+        optax.scale_by_schedule(lambda count: jnp.exp(-phi["cooling"] * count)),
+    )
+
+
+def plain_steps(phi):
+    """The same by hand."""
+    data, theta, velocity = CASE.inner_data, CASE.theta0 + 0.5, jnp.zeros(12)
+    for i in range(5):
+        slope = data["H"] @ theta - data["B"] @ CASE.phi - data["b"]
+        slope = slope * jnp.minimum(1.0, phi["clip"] / jnp.linalg.norm(slope))
+        velocity = slope + phi["momentum"] * velocity
+        move = velocity + phi["decay"] * theta
+        theta = theta - jnp.exp(-phi["cooling"] * i) * phi["rates"][i] * move
+    return theta
+
+
+def test_every_setting_is_a_hyperparameter():
+    """Exactly, and each leaf on its own; the inner loss has no φ here."""
+    rng = np.random.default_rng(3)
+    phi = {
+        "rates": jnp.asarray(0.2 + 0.1 * rng.random((5, 12))),
+        "clip": jnp.asarray(0.7),
+        "momentum": jnp.asarray(0.6),
+        "decay": jnp.asarray(0.05),
+        "cooling": jnp.asarray(0.1),
+    }
+    weights = jnp.asarray(rng.standard_normal(12))
+    problem = cx.Bilevel(
+        inner=lambda t, p, b: CASE.inner(t, CASE.phi, b), outer=lambda t, p, b: jnp.sum(jnp.sin(weights * t))
+    )
+    hg = cx.hypergradient(
+        problem,
+        phi,
+        CASE.theta0 + 0.5,
+        inner_solver=cx.Steps(settings, 5),
+        rule=cx.Unrolled(),
+        inner_data=CASE.inner_data,
+    )
+    expected = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(weights * plain_steps(p)))))(phi)
+    assert float(expected["clip"]) != 0.0
+    for name in phi:
+        assert compare.relative_error(hg.grad[name], expected[name]) <= 1e-11, name
+
+
+# With the steps of the differences: one accumulates in float32, another bends sharply.
+STATEFUL = {
+    "injected": (lambda p: optax.inject_hyperparams(optax.adam)(learning_rate=p, eps=1e-3), 1e-4),
+    "several batches a step": (
+        lambda p: optax.MultiSteps(optax.adam(p, eps=1e-3), 2).gradient_transformation(),
+        1e-3,
+    ),
+    "reads the loss": (lambda p: optax.polyak_sgd(max_learning_rate=10.0, scaling=p, f_min=-20.0), 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_optimisers_with_a_state_of_their_own(name):
+    """φ in the first state; an update every other step by `cond`; a rate that depends on the loss. By differences."""
+    make, step = STATEFUL[name]
+    problem = cx.Bilevel(
+        inner=lambda t, p, b: CASE.inner(t, CASE.phi, b), outer=lambda t, p, b: jnp.sum(jnp.cos(t))
+    )
+
+    @jax.jit
+    def value(rate):
+        theta = CASE.theta0 + 0.5
+        optimizer = optax.with_extra_args_support(make(rate))
+        state = optimizer.init(theta)
+        for _ in range(6):
+            loss, slope = jax.value_and_grad(CASE.inner)(theta, CASE.phi, CASE.inner_data)
+            updates, state = optimizer.update(slope, state, theta, value=loss)
+            theta = optax.apply_updates(theta, updates)
+        return jnp.sum(jnp.cos(theta))
+
+    rate = jnp.asarray(0.05)
+    found = [
+        cx.hypergradient(
+            problem,
+            rate,
+            CASE.theta0 + 0.5,
+            inner_solver=cx.Steps(make, 6),
+            rule=cx.Unrolled(mode),
+            inner_data=CASE.inner_data,
+        )
+        for mode in ("mixed", "forward")
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        by = [value(rate + i * step) - value(rate - i * step) for i in (1, 2)]
+        difference = (8 * by[0] - by[1]) / (12 * step)
+        assert float(found[0].value) == pytest.approx(float(value(rate)), rel=1e-12)
+    for hg in found:
+        assert float(hg.grad) == pytest.approx(float(difference), rel=1e-7)
+
+
+def test_a_root_of_the_users_keeps_its_derivative():
+    """√′(0) = 0 is for the optimiser's own roots: a rate √φ at φ = 0 has no derivative, and that is reported."""
+    problem = cx.Bilevel(inner=lambda t, p, b: 0.5 * jnp.sum(t**2), outer=lambda t, p, b: jnp.sum(t))
+    solver = cx.Steps(lambda p: optax.sgd(jnp.sqrt(p)), 2)
+
+    def run(phi):
+        return cx.hypergradient(
+            problem,
+            jnp.asarray(phi),
+            jnp.ones(2),
+            inner_solver=solver,
+            rule=cx.Unrolled("mixed"),
+            throw=False,
+        )
+
+    assert run(0.0).result == cx.RESULTS.nonfinite
+    assert float(run(0.04).grad) == pytest.approx(2 * 2 * (1 - 0.2) * -0.5 / 0.2, rel=1e-12)
+
+
+RULES = {
+    "mixed": cx.Unrolled("mixed"),
+    "reverse": cx.Unrolled("reverse"),
+    "mixed, two loops": cx.Unrolled("mixed", "sqrt"),
+    "forward": cx.Unrolled("forward"),
+    "truncated": cx.Unrolled("mixed", truncate=4),
+    "one step": cx.OneStep(),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_stopping_early_is_taking_fewer_steps(name):
+    """The step after which it stops is found by a plain loop; then as if `num_steps` had been that many."""
+    data, theta, steps = as_numpy(CASE.inner_data), np.full(12, 0.5), 0
+    slope = np.full(12, np.inf)
+    while np.linalg.norm(slope) > 0.1:
+        slope = data["H"] @ theta - data["B"] @ as_numpy(CASE.phi) - data["b"]
+        theta, steps = theta - 0.4 * slope, steps + 1
+    arguments = {"rule": RULES[name], "inner_data": CASE.inner_data, "outer_data": CASE.outer_data}
+    problem = run.problem(CASE.kind, CASE.inner, CASE.outer)
+    stopped, fixed = (
+        cx.hypergradient(problem, CASE.phi, CASE.theta0 + 0.5, inner_solver=solver, **arguments)
+        for solver in (cx.Steps(optax.sgd(0.4), 100, 0.1), cx.Steps(optax.sgd(0.4), steps))
+    )
+    assert 10 < steps < 90 and int(stopped.stats.num_inner_steps) == steps
+    np.testing.assert_allclose(np.asarray(stopped.theta), theta, rtol=1e-12)
+    assert compare.relative_error(stopped.grad, fixed.grad) <= 1e-12
+    norms, wanted = stopped.stats.path.derivative_norms, fixed.stats.path.derivative_norms
+    np.testing.assert_allclose(np.asarray(norms)[: steps + 1], np.asarray(wanted), rtol=1e-11)
+    assert np.isnan(np.asarray(norms)[steps + 1 :]).all()
+
+
+def test_stopping_early_under_vmap_and_in_a_solution_map():
+    """Each example stops where it would alone; the map has the derivative of that path, also forward."""
+    problem = run.problem(CASE.kind, CASE.inner, CASE.outer)
+    solver = cx.Steps(optax.sgd(0.4), 60, 0.2)
+    theta_star = cx.solution_map(problem, solver, cx.Unrolled("mixed", "sqrt"))
+
+    def loss(scale):
+        return jnp.sum(jnp.sin(theta_star(scale * CASE.phi, CASE.theta0 + 0.5 * scale, CASE.inner_data)))
+
+    scales = jnp.asarray([1.0, 0.1])
+    batched = jax.vmap(jax.grad(loss))(scales)
+    forward = [jax.jvp(loss, (s,), (jnp.ones(()),))[1] for s in scales]
+    np.testing.assert_allclose(np.asarray(batched), np.asarray(forward), rtol=1e-11)
+
+
+def test_implicit_rule_of_steps_that_stop():
+    """The implicit rule sees where they stopped, and how many there were."""
+    solver = cx.Steps(optax.sgd(0.4), 1000, 1e-6)
+    hg = run.hypergradient(CASE, cx.Implicit(rtol=1e-3), solver=solver)
+    assert 100 < int(hg.stats.num_inner_steps) < 900
+    assert compare.relative_error(hg.grad, CASE.truth.grad) <= 1e-3
+
+
+WRONG = {
+    "no steps": (lambda: cx.Steps(optax.sgd(0.1), 0), ValueError, "num_steps.*at least 1"),
+    "negative tolerance": (lambda: cx.Steps(optax.sgd(0.1), 5, -1.0), ValueError, "tolerance.*at least 0"),
+    "tolerance of a name": (lambda: cx.Steps(optax.sgd(0.1), 5, "small"), ValueError, "tolerance"),
+    "tolerance and a sampler": (
+        lambda: cx.hypergradient(
+            run.problem(CASE.kind, CASE.inner, CASE.outer),
+            CASE.phi,
+            CASE.theta0,
+            inner_solver=cx.Steps(optax.sgd(0.1), 5, 1e-3),
+            rule=cx.Unrolled(),
+            inner_data=lambda key: CASE.inner_data,
+            key=jax.random.key(0),
+        ),
+        ValueError,
+        "tolerance.*sampler",
+    ),
+    "no transformation": (lambda: unrolled(lambda phi, step: 0.1, 2), TypeError, "GradientTransformation"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_says_what_to_do(name):
+    call, kind, message = WRONG[name]
+    with pytest.raises(kind, match=f"(?s){message}"):
+        call()

@@ -17,6 +17,7 @@ from curvax.bilevel._problem import Bilevel
 from curvax.implicit._condition import FixedPoint, Minimum, check_like, check_scalar
 from curvax.implicit._rule import AbstractRule, Task
 from curvax.unroll import Steps
+from curvax.unroll._rollout import Rollout
 
 MAX_INNER_STEPS = 20_000
 
@@ -71,6 +72,13 @@ def check_inner_solver(problem: Bilevel, inner_solver: Any) -> None:
         raise TypeError(f"`inner_solver` must be {wanted}; got {type(inner_solver).__name__}.")
 
 
+def check_rule(rule: Any) -> None:
+    """Refuse what is no rule; a class in place of its instance is the likeliest slip."""
+    if not isinstance(rule, AbstractRule):
+        found = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
+        raise TypeError(f"`rule` must be `cx.Implicit(...)` or `cx.Unrolled()`, got {found}.")
+
+
 def check_data(inner_data: Any, outer_data: Any, key: Any) -> None:
     """Data are arrays or samplers, and a sampler needs a key."""
     for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
@@ -119,7 +127,7 @@ def tolerances_as_arrays(item: Any) -> Any:
 
     No damping at all is another program: directions are recycled only without it.
     """
-    names = [n for n in ("rtol", "atol", "damping") if isinstance(getattr(item, n, None), float)]
+    names = [n for n in ("rtol", "atol", "damping", "tolerance") if isinstance(getattr(item, n, None), float)]
     names = [n for n in names if n != "damping" or item.damping != 0]
     if names:
         values = [jnp.asarray(getattr(item, name)) for name in names]
@@ -130,12 +138,25 @@ def tolerances_as_arrays(item: Any) -> Any:
     return item
 
 
+def _called(fn: Callable, name: str, theta: PyTree, phi: PyTree, batch: PyTree) -> Any:
+    """`fn(theta, phi, batch)`; where that fails without data, the error says that there are none."""
+    try:
+        return fn(theta, phi, batch)
+    except Exception as error:
+        if batch is None:
+            error.add_note(
+                f"`{name}` was called with batch=None, since `{name}_data` is None (in a solution map: its `batch`). "
+                "If it needs data, pass them."
+            )
+        raise
+
+
 def closed(fn: Callable, theta_static: PyTree, phi_static: PyTree) -> Callable:
     """`fn` as a function of the inexact arrays of θ and φ; its inexact outputs promoted and split likewise."""
 
     def wrapped(theta: PyTree[Array], phi: PyTree[Array], batch: PyTree) -> Any:
-        out = fn(eqx.combine(theta, theta_static), eqx.combine(phi, phi_static), batch)
-        return promote_half(eqx.filter(out, eqx.is_inexact_array))
+        theta, phi = eqx.combine(theta, theta_static), eqx.combine(phi, phi_static)
+        return promote_half(eqx.filter(_called(fn, "inner", theta, phi, batch), eqx.is_inexact_array))
 
     return wrapped
 
@@ -144,7 +165,8 @@ def scalar(fn: Callable, theta_static: PyTree, phi_static: PyTree, name: str) ->
     """`fn` as above, refused unless it returns one real number."""
 
     def wrapped(theta: PyTree[Array], phi: PyTree[Array], batch: PyTree) -> Array:
-        value = fn(eqx.combine(theta, theta_static), eqx.combine(phi, phi_static), batch)
+        theta, phi = eqx.combine(theta, theta_static), eqx.combine(phi, phi_static)
+        value = _called(fn, name, theta, phi, batch)
         check_scalar(value, name)
         return promote_half(jnp.asarray(value))
 
@@ -206,18 +228,11 @@ def make_task(
 
     rollout = None
     if isinstance(inner_solver, Steps):
-
-        def rollout(hyper: PyTree[Array], start: PyTree[Array] = theta_dynamic) -> PyTree[Array]:
-            return inner_solver.run(
-                lambda t, batch: condition.fn(t, hyper, batch),
-                start,
-                inner_solver.transformation(eqx.combine(hyper, phi_static)),
-                lambda step_key: draw(inner_data, step_key),
-                steps_key,
-            )
+        rollout = Rollout(inner_solver, condition.fn, theta_dynamic, phi_static, inner_data, steps_key)
 
         def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:
-            return rollout(phi_dynamic, start), jnp.asarray(inner_solver.num_steps), RESULTS.successful
+            end = rollout.end(phi_dynamic, start)
+            return end.theta, end.taken, RESULTS.successful
     else:
 
         def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:
@@ -228,7 +243,6 @@ def make_task(
         condition=condition,
         outer=scalar(problem.outer, theta_static, phi_static, "outer"),
         solve=solve,
-        num_steps=inner_solver.num_steps if isinstance(inner_solver, Steps) else 0,
         rollout=rollout,
         phi=phi_dynamic,
         theta0=theta_dynamic,

@@ -14,6 +14,7 @@ from curvax.bilevel._door import (
     check_data,
     check_finite,
     check_inner_solver,
+    check_rule,
     make_task,
     tolerances_as_arrays,
 )
@@ -162,8 +163,7 @@ def hypergradient(
     """
     if not isinstance(problem, Bilevel):
         raise TypeError(f"`problem` must be a `cx.Bilevel`, got {type(problem).__name__}.")
-    if not isinstance(rule, AbstractRule):
-        raise TypeError(f"`rule` must be `cx.Implicit(...)` or `cx.Unrolled()`, got {type(rule).__name__}.")
+    check_rule(rule)
     check_inner_solver(problem, inner_solver)
     if state is None:
         if throw:  # without it nothing raises: the result says `nonfinite`
@@ -217,6 +217,8 @@ def explain(out: Hypergradient, no_influence: PyTree[Array] | None = None) -> st
         ]
         if paths:
             message.append(f"Leaves of phi without influence: {', '.join(paths)}.")
+    if stats.path is not None:
+        message.append(stats.path.describe())
     message.append(
         f"(error estimate {float(stats.error_estimate):.2e}, relative {float(stats.relative_error):.2e}; "
         f"inner residual {float(stats.inner_residual):.2e}, adjoint residual {float(stats.adjoint_residual):.2e}; "

@@ -9,14 +9,17 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
+from curvax._pytree import stop_gradient
 from curvax.bilevel._data import is_sampler
-from curvax.bilevel._door import check_inner_solver, closed, scalar, solve_optimistix, split
+from curvax.bilevel._door import check_inner_solver, check_rule, closed, scalar, solve_optimistix, split
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._adjoint import implicit_solution
-from curvax.implicit._condition import Minimum
+from curvax.implicit._condition import FixedPoint, Minimum
 from curvax.implicit._implicit import Implicit
 from curvax.implicit._rule import AbstractRule
-from curvax.unroll import Steps, Unrolled
+from curvax.unroll import OneStep, Steps, Unrolled
+from curvax.unroll._one_step import check_steps
+from curvax.unroll._rollout import Rollout
 
 
 class SolutionMap(eqx.Module):
@@ -42,6 +45,8 @@ class SolutionMap(eqx.Module):
         )
         if isinstance(self.inner_solver, Steps):
             solution = self._steps(condition, phi_dynamic, phi_static, theta_dynamic, batch)
+        elif isinstance(self.rule, OneStep):
+            solution = self._one_application(condition, phi_dynamic, theta_dynamic, batch)
         else:
             solution = solve_optimistix(
                 condition,
@@ -55,22 +60,25 @@ class SolutionMap(eqx.Module):
         solution = jax.tree.map(lambda a, b: a.astype(b.dtype), solution, like)
         return eqx.combine(solution, theta_static)
 
+    def _one_application(
+        self, condition: Any, phi: PyTree[Array], theta: PyTree[Array], batch: PyTree
+    ) -> PyTree[Array]:
+        """The map of a fixed point at its frozen solution; frozen is also what its function closes over."""
+        fn = eqx.filter_closure_convert(lambda *args: condition.fn(*args), theta, phi, batch)
+        still, theta, args = stop_gradient((fn, theta, (phi, batch)))
+        found = solve_optimistix(type(condition)(still), self.inner_solver, theta, args, throw=True).value
+        return fn(stop_gradient(found), phi, batch)
+
     def _steps(
         self, condition: Any, phi: PyTree, phi_static: PyTree, theta: PyTree[Array], batch: PyTree
     ) -> PyTree:
         steps = self.inner_solver
-        if isinstance(self.rule, Unrolled):
-            transformation = steps.transformation(eqx.combine(phi, phi_static))
-            return steps.run(
-                lambda t, b: condition.fn(t, phi, b), theta, transformation, lambda _: batch, None
-            )
+        if isinstance(self.rule, Unrolled | OneStep):
+            return self.rule.solution(Rollout(steps, condition.fn, theta, phi_static, batch, None), phi)
         gradient = eqx.filter_closure_convert(condition.residual, theta, phi, batch)
 
         def run(start: PyTree[Array], hyper: PyTree[Array], data: PyTree) -> PyTree[Array]:
-            transformation = steps.transformation(eqx.combine(hyper, phi_static))
-            return steps.run(
-                lambda t, b: condition.fn(t, hyper, b), start, transformation, lambda _: data, None
-            )
+            return Rollout(steps, condition.fn, start, phi_static, data, None)(hyper)
 
         run = eqx.filter_closure_convert(run, theta, phi, batch)
         # The layout of Optimistix's inputs: (fn, solver, y0, args), so that preconditioners find their args.
@@ -103,7 +111,7 @@ def solution_map(problem: Bilevel, inner_solver: Any, rule: AbstractRule) -> Cal
     Args:
         problem: The bilevel problem; its `outer` is not used.
         inner_solver: An Optimistix solver of the kind that the inner problem needs, or `cx.Steps`.
-        rule: `cx.Implicit(...)`, or `cx.Unrolled()` with `cx.Steps`.
+        rule: `cx.Implicit(...)`; `cx.Unrolled()` with `cx.Steps`; `cx.OneStep()` with `cx.Steps` or a fixed point.
 
     Returns:
         A `SolutionMap`.
@@ -131,11 +139,12 @@ def solution_map(problem: Bilevel, inner_solver: Any, rule: AbstractRule) -> Cal
     """
     if not isinstance(problem, Bilevel):
         raise TypeError(f"`problem` must be a `cx.Bilevel`, got {type(problem).__name__}.")
-    if not isinstance(rule, AbstractRule):
-        raise TypeError(f"`rule` must be `cx.Implicit(...)` or `cx.Unrolled()`, got {type(rule).__name__}.")
+    check_rule(rule)
     check_inner_solver(problem, inner_solver)
     rule.check(stochastic_steps=False, has_rollout=isinstance(inner_solver, Steps))
-    if not isinstance(rule, optx.AbstractAdjoint | Unrolled):
+    if isinstance(rule, OneStep) and not isinstance(problem.condition, FixedPoint):
+        check_steps(inner_solver)
+    if not isinstance(rule, optx.AbstractAdjoint | Unrolled | OneStep):
         raise TypeError(
             f"`rule` {type(rule).__name__} gives hypergradients, not solution maps; use `cx.Implicit(...)`."
         )

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from curvax._pytree import tree_dtype, tree_zeros_like
 from curvax.bilevel._data import is_sampler
-from curvax.bilevel._door import split
+from curvax.bilevel._door import check_rule, split
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._rule import AbstractRule, State
 from curvax.implicit._trend import no_trend
@@ -42,6 +42,10 @@ def initial_state(
     Returns:
         A cold `State`.
 
+    Raises:
+        TypeError: `rule` is no rule.
+        ValueError: phi or theta0 hold no floating-point array, or the rule cannot keep what it is to keep.
+
     Example:
         ```python
         problem = cx.Bilevel(
@@ -52,6 +56,7 @@ def initial_state(
         ```
     """
     del inner_solver
+    check_rule(rule)
     phi_dynamic, _ = split(phi, "phi")
     theta, _ = split(theta0, "theta0")
     capacity = rule.num_recycled(theta, problem.condition.symmetric)

@@ -257,7 +257,19 @@ def _target(table: Table, name: str, options: Options) -> tuple[str, np.ndarray,
     label, fewest = min(counts.items(), key=lambda item: (item[1], item[0]))
     if len(counts) > _MAX_CLASSES or (fewest < 3 and len(counts) > len(cells) / 5):
         hint = "take --task regression if it is a number"
-        if wanted is None and numbers is None:
+        if wanted is None and numbers is not None and forced:
+            # Not by the target: an option has made it a classification.
+            chosen = [
+                option
+                for option, used in (
+                    ("--tune class-weights", "class-weights" in (options.tune or ())),
+                    ("--model logistic", options.model == "logistic"),
+                    ("--corrupt", bool(options.corrupt)),
+                )
+                if used
+            ]
+            hint = f"leave {' and '.join(chosen)} out, which {'is' if len(chosen) == 1 else 'are'} for classes only"
+        elif wanted is None and numbers is None:
             hint = f"nor are they numbers (for example {quoted(cells[0])}; write numbers as 1234.5)"
         raise UsageError(
             f"column {quoted(name)} has {len(counts)} different values in {len(cells)} rows: too many for classes; "

@@ -1,19 +1,31 @@
-"""Diagnostics: is a hypergradient right, how noisy is a loss, what does a spectrum look like, pictures."""
+"""Diagnostics: is a hypergradient right, is the inner solution unique, what does a spectrum look like, pictures."""
 
 from curvax.diagnostics._check import check_hypergradient as check_hypergradient
 from curvax.diagnostics._compare import RuleComparison as RuleComparison
 from curvax.diagnostics._compare import compare_rules as compare_rules
 from curvax.diagnostics._pictures import plot_convergence as plot_convergence
 from curvax.diagnostics._pictures import plot_hypergradient_error as plot_hypergradient_error
+from curvax.diagnostics._quadrature import Estimate as Estimate
 from curvax.diagnostics._report import Comparison as Comparison
 from curvax.diagnostics._report import DirectionRow as DirectionRow
 from curvax.diagnostics._report import HypergradientCheck as HypergradientCheck
 from curvax.diagnostics._report import Ingredient as Ingredient
+from curvax.diagnostics._solution import check_solution as check_solution
+from curvax.diagnostics._solution_report import InnerSolution as InnerSolution
+from curvax.diagnostics._solution_report import SolutionCheck as SolutionCheck
+from curvax.diagnostics._solver_histories import SolverHistory as SolverHistory
+from curvax.diagnostics._solver_histories import solver_histories as solver_histories
+from curvax.diagnostics._solver_picture import plot_solvers as plot_solvers
+from curvax.diagnostics._sparsity_picture import plot_sparsity as plot_sparsity
+from curvax.diagnostics._spectral_density import spectrum as spectrum
+from curvax.diagnostics._spectral_result import Density as Density
+from curvax.diagnostics._spectral_result import Spectrum as Spectrum
 from curvax.diagnostics._spectrum import ConditionNumber as ConditionNumber
 from curvax.diagnostics._spectrum import Extremes as Extremes
 from curvax.diagnostics._spectrum import SpectralRadius as SpectralRadius
 from curvax.diagnostics._spectrum import condition_number as condition_number
 from curvax.diagnostics._spectrum import spectral_radius as spectral_radius
+from curvax.diagnostics._spectrum_picture import plot_spectrum as plot_spectrum
 from curvax.diagnostics._stationarity import Stationarity as Stationarity
 from curvax.diagnostics._stationarity import direction_quality as direction_quality
 from curvax.diagnostics._stationarity import second_order_stationarity as second_order_stationarity

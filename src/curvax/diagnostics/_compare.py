@@ -1,6 +1,5 @@
 """Hypergradients by several rules against one another."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,17 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from curvax._printed import Printed
 from curvax._results import RESULTS, describe
 from curvax.bilevel import Bilevel, Hypergradient, hypergradient
 from curvax.implicit._rule import AbstractRule
 
 
 @dataclass(frozen=True, repr=False)
-class RuleComparison:
+class RuleComparison(Printed):
     """What `compare_rules` found, for k rules.
 
     Attributes:
@@ -61,18 +61,6 @@ class RuleComparison:
         parts += [overview, pairs]
         parts += [Text(f"{name}: {text}") for name, text in self.messages.items() if text]
         return Group(*parts)
-
-    def __str__(self) -> str:
-        """The same in plain text, 100 columns wide."""
-        buffer = io.StringIO()
-        Console(file=buffer, width=100, color_system=None).print(self)
-        return buffer.getvalue().rstrip()
-
-    __repr__ = __str__
-
-    def print(self) -> None:
-        """Print to standard output, in colour where that is a terminal."""
-        Console().print(self)
 
 
 def compare_rules(

@@ -1,13 +1,14 @@
 """The outcome of a gradient check: rows, verdicts, and how they are printed."""
 
-import io
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from curvax._printed import Printed
 
 Verdict = Literal["agrees", "negligible", "disagrees", "unclear", "not finite"]
 _STYLE = {
@@ -108,7 +109,7 @@ class Ingredient:
 
 
 @dataclass(frozen=True, repr=False)
-class HypergradientCheck:
+class HypergradientCheck(Printed):
     """What `check_hypergradient` found. `print` shows the table.
 
     Attributes:
@@ -154,20 +155,6 @@ class HypergradientCheck:
         mark = Text("OK: ", "bold green") if self.ok else Text("NOT OK: ", "bold red")
         parts += [Text.assemble(mark if i == 0 else "", line) for i, line in enumerate(self.summary)]
         return Group(*parts)
-
-    def __str__(self) -> str:
-        """The same in plain text, 110 columns wide."""
-        buffer = io.StringIO()
-        Console(file=buffer, width=110, color_system=None).print(self)
-        return buffer.getvalue().rstrip()
-
-    __repr__ = __str__
-
-    def print(self) -> None:
-        """Print to standard output, in colour where that is a terminal."""
-        console = Console()
-        # Anything narrower would cut the figures off; a file or pipe gets what `str` gives.
-        Console(width=max(console.width, 100) if console.is_terminal else 110).print(self)
 
 
 def _short(comparison: Comparison) -> Text:

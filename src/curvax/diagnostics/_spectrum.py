@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from curvax.diagnostics._krylov import MatVec, Vector, arnoldi, flat_operator, flatten_like, lanczos
+from curvax.diagnostics._krylov import arnoldi, flat_operator, flatten_like, symmetry_tolerance
+from curvax.linear._quadrature import gauss_rule
+from curvax.operators._lanczos import MatVec, Vector, lanczos
 
 _SQUARINGS = 40
 
@@ -133,7 +135,7 @@ class Extremes(eqx.Module):
     The condition number of a positive definite operator is `condition` = largest / smallest. Ritz values lie
     inside the spectrum, so it is never above the true one; `smallest_error` and `largest_error` bound the
     distance to the nearest true eigenvalue. `condition` is infinite where the smallest value is at
-    rounding level and NaN where it is negative.
+    rounding level and NaN where it is negative or the operator is not symmetric.
     """
 
     smallest: Float[Array, ""]
@@ -151,19 +153,21 @@ class ConditionNumber(eqx.Module):
     after: Extremes | None
 
 
-def _extremes(matvec: MatVec, precondition: MatVec, start: Vector, num_steps: int) -> Extremes:
-    ritz = lanczos(matvec, start, num_steps, precondition)
-    smallest, largest = ritz.values[0], ritz.values[-1]
+def _extremes(matvec: MatVec, precondition: MatVec | None, start: Vector, num_steps: int) -> Extremes:
+    krylov = lanczos(matvec, start, num_steps, precondition)
+    values, _, last = gauss_rule(krylov)
+    smallest, largest = values[0], values[-1]
     noise = start.size * jnp.finfo(start.dtype).eps * jnp.abs(largest)
     condition = jnp.where(jnp.abs(smallest) <= noise, jnp.inf, largest / smallest)
-    valid = (smallest >= -noise) & (largest > 0) & ritz.definite
+    sound = krylov.definite & (krylov.asymmetry <= symmetry_tolerance(float(jnp.finfo(start.dtype).eps)))
+    valid = (smallest >= -noise) & (largest > 0) & sound
     return Extremes(
         smallest=smallest,
         largest=largest,
-        smallest_error=ritz.residuals[0],
-        largest_error=ritz.residuals[-1],
+        smallest_error=jnp.abs(last[0]),
+        largest_error=jnp.abs(last[-1]),
         condition=jnp.where(valid, condition, jnp.nan),
-        converged=(ritz.residuals[0] <= 0.1 * jnp.abs(smallest)) & ritz.definite,
+        converged=(jnp.abs(last[0]) <= 0.1 * jnp.abs(smallest)) & sound,
     )
 
 
@@ -171,7 +175,7 @@ def _extremes(matvec: MatVec, precondition: MatVec, start: Vector, num_steps: in
 def _condition_number(operator, preconditioner, num_steps, key):
     matvec, flat = flat_operator(operator, "operator")
     start = jax.random.normal(key, (flat.size,), flat.dtype)
-    before = _extremes(matvec, lambda v: v, start, num_steps)
+    before = _extremes(matvec, None, start, num_steps)
     if preconditioner is None:
         return ConditionNumber(before, None)
     precondition, other = flat_operator(preconditioner, "preconditioner")

@@ -10,8 +10,9 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, PyTree
 
 from curvax._pytree import tree_norm, tree_sub
-from curvax.diagnostics._krylov import flatten_like, lanczos
+from curvax.diagnostics._krylov import flatten_like
 from curvax.diagnostics._spectrum import _check_steps
+from curvax.operators._lanczos import lanczos, ritz
 
 
 class Stationarity(eqx.Module):
@@ -43,15 +44,16 @@ def _stationarity(fn, theta, args, num_steps, key):
     gradient_fn = jax.grad(lambda th: fn(eqx.combine(th, static), *args))
     gradient, hvp = jax.linearize(gradient_fn, dynamic)
     start = jax.random.normal(key, (flat.size,), flat.dtype)
-    ritz = lanczos(lambda v: flat.pack(hvp(flat.unpack(v))), start, num_steps)
-    smallest, largest = ritz.values[0], ritz.values[-1]
-    noise = 10 * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(ritz.values))
-    direction = ritz.weights[:, 0] @ ritz.basis
+    krylov = lanczos(lambda v: flat.pack(hvp(flat.unpack(v))), start, num_steps)
+    values, vectors = ritz(krylov)
+    smallest, largest = values[0], values[-1]
+    noise = 10 * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values))
+    direction = jnp.matmul(vectors[:, 0], krylov.basis, precision=jax.lax.Precision.HIGHEST)
     return Stationarity(
         gradient_norm=tree_norm(gradient),
         curvature_min=smallest,
         curvature_max=largest,
-        curvature_min_error=ritz.residuals[0],
+        curvature_min_error=jnp.abs(krylov.off_diagonal[-1] * vectors[-1, 0]),
         negative_curvature=smallest < -noise,
         direction=flat.unpack(direction / jnp.linalg.norm(direction)),
     )

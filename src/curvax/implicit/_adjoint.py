@@ -27,7 +27,8 @@ from curvax._pytree import (
     tree_norm,
     tree_scale,
 )
-from curvax.implicit._stage import resolve_preconditioner
+from curvax.implicit._family import accuracy_of, can_be_followed
+from curvax.implicit._preconditioner import resolve_preconditioner
 
 _TOO_EARLY = (
     "The inner solver stopped before the inner problem was solved: one Newton step would move the solution by more "
@@ -37,6 +38,11 @@ _TOO_EARLY = (
 _INNER_FAILED = (
     "The inner solver failed, so the derivative of its solution is not defined. Ask the primal solve with "
     "`throw=True` for the reason, and give the inner solver more steps or another start."
+)
+_NOT_FOLLOWED = (
+    "The inner problem is singular at its solution, which cannot be followed: the derivative of its equations in the "
+    "hyperparameters has a part outside of the range of the curvature, as at a fold or a degenerate minimum. There is "
+    "no derivative. Regularise the inner problem (an L2 term)."
 )
 
 
@@ -117,11 +123,17 @@ def _solve_jvp(primals: Any, tangents: Any) -> Any:
     operator = _damped(jacobian, rule.damping, tags)
     solver = rule.solver_for(tags, tree_dtype(point))
     options = {}
-    preconditioner = resolve_preconditioner(rule.preconditioner, root, rule.args_of(inputs))
+    preconditioner = resolve_preconditioner(rule.preconditioner, root, rule.args_of(inputs), (type(solver),))
     if preconditioner is not None:
         options["preconditioner"] = preconditioner
-    rhs = _checked(rhs, residual, rule, point, jacobian, options, solver)
-    t_root = tree_neg(lx.linear_solve(operator, rhs, solver, options=options).value)
+    # A decomposition is made once.
+    state = solver.init(stop_gradient(operator), options)
+    solve = ft.partial(lx.linear_solve, solver=solver, options=options, state=state)
+    if not solver.assume_full_rank():
+        rhs = _followed(rhs, jacobian, no_tangent, stop_gradient(operator), solve, solver)
+    undamped = solve if operator is jacobian else ft.partial(lx.linear_solve, solver=solver, options=options)
+    rhs = _checked(rhs, residual, rule, point, jacobian, undamped)
+    t_root = tree_neg(solve(operator, rhs).value)
     t_root = tree_cast_like(t_root, root)
     t_residual = jax.custom_derivatives.zero_from_primal(residual, symbolic_zeros=True)
     return (root, residual), (t_root, t_residual)
@@ -136,8 +148,30 @@ def _damped(
     return lx.FunctionLinearOperator(lambda v: tree_axpy(damping, v, operator.mv(v)), structure, tags)
 
 
+def _followed(
+    rhs: PyTree, jacobian: Any, no_tangent: PyTree, operator: Any, solve: Callable, solver: Any
+) -> PyTree:
+    """`rhs`, guarded as by `_checked`: where there is no derivative, a solver for singular systems finds one."""
+    point, (rewrite, residual, inputs) = stop_gradient((jacobian.x, jacobian.args))
+    fixed, moving = eqx.partition(inputs, no_tangent, is_leaf=_is_none)
+
+    def at(moved: PyTree) -> PyTree:
+        return jacobian.fn(point, (rewrite, residual, eqx.combine(moved, fixed)))
+
+    _, pull = jax.vjp(at, moving)
+    followed = can_be_followed(
+        operator.mv,
+        lambda v: solve(operator, v, throw=False).value,
+        lambda z: pull(z)[0],
+        point,
+        accuracy_of(solver),
+    )
+    one = jnp.ones((), tree_dtype(rhs))
+    return tree_scale(eqx.error_if(one, ~stop_gradient(followed), _NOT_FOLLOWED), rhs)
+
+
 def _checked(
-    rhs: PyTree, residual: PyTree, rule: Any, point: PyTree, jacobian: Any, options: dict, solver: Any
+    rhs: PyTree, residual: PyTree, rule: Any, point: PyTree, jacobian: Any, solve: Callable
 ) -> PyTree:
     """`rhs`, with the checks threaded through it: they then guard the derivative whatever the loss does with the value.
 
@@ -154,7 +188,7 @@ def _checked(
     frozen, args = stop_gradient((point, jacobian.args))
     vanishing = stop_gradient(jacobian.fn(frozen, args))
     still = lx.JacobianLinearOperator(jacobian.fn, frozen, args, tags=jacobian.tags)
-    step = lx.linear_solve(still, vanishing, solver, options=options, throw=False).value
+    step = solve(still, vanishing, throw=False).value
     size, moved = tree_norm(frozen), tree_norm(step)
     # At θ* = 0 the relative part is empty: rounding is then measured by the start.
     start = tree_norm(promote_half(stop_gradient(eqx.filter(jacobian.args[2][2], eqx.is_inexact_array))))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from curvax._pytree import tree_dtype, tree_size
 from curvax.implicit._adjoint import implicit_solution, while_loop
+from curvax.implicit._minimum_norm import MinimumNormStage
 from curvax.implicit._progress import Accuracy
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.implicit._single import run_single
@@ -26,7 +27,7 @@ from curvax.implicit._stage import (
     LineaxStage,
 )
 from curvax.implicit._sweeps import run_sweeps
-from curvax.linear import CG, Auto
+from curvax.linear import CG, Auto, TruncatedSpectrum
 from curvax.linear._upkeep import KeptPreconditioner, Upkeep, nothing_kept
 
 # The rewrite functions of these modules are gradients: their Jacobians are Hessians.
@@ -67,10 +68,14 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             decomposition up to 128 unknowns, then `cx.linear.Auto`.
             The corrections that judge the result are made by the same defaults whatever is given here; a root or fixed
             point with more unknowns is judged by the contraction of two sweeps instead.
-        preconditioner: A positive definite operator ≈ A⁻¹, or a function (theta, args) -> operator with
-            args = (phi, batch) in `hypergradient` and the user's `args` under Optimistix, which is called at every
-            point that is worked at; a `cx.linear.Upkeep` of such a function is called when it is due. No derivative
-            flows through it.
+            Where A is singular and the solutions form a family, `cx.linear.TruncatedSpectrum` is the request for the
+            derivative of the solution that moves least, −A⁺B dφ, and makes the corrections as well. Its `cutoff` says
+            which eigenvalues are zeros: choose it above the relative accuracy of the inner solution. Where the family
+            cannot be followed (B maps out of the range of A) there is no derivative: `singular_curvature`.
+        preconditioner: A positive definite operator ≈ A⁻¹, tagged so (or symmetric), or a function
+            (theta, args) -> operator with args = (phi, batch) in `hypergradient` and the user's `args` under
+            Optimistix, which is called at every point that is worked at; a `cx.linear.Upkeep` of such a function is
+            called when it is due. No derivative flows through it.
         damping: λ ≥ 0 added to the diagonal of A in the first adjoint solve (in every one under autodiff).
             The bias that it makes counts in the error estimate.
         max_sweeps: Sweeps allowed to reach the request. From a warm start at least four are tried before the inner
@@ -82,7 +87,8 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
             With a `preconditioner` of your own none by default.
 
     Raises:
-        ValueError: A tolerance, the damping or the number of sweeps is out of range.
+        ValueError: A tolerance, the damping or the number of sweeps is out of range. When it is used: a preconditioner
+            that is not tagged, for conjugate gradients or MINRES, or not shaped like θ.
 
     Cost: about √κ/2 · log(1/rtol) Hessian products for the adjoint and as many for the estimate's loose
         corrections; a Hessian product costs 1–2 gradients.
@@ -260,6 +266,13 @@ class Implicit(AbstractRule, optx.AbstractAdjoint):
                     "point. Use `cx.linear.Auto` or `lx.GMRES`."
                 )
             return ConjugateGradientStage(self.preconditioner, solver.max_steps), solver.rtol
+        if isinstance(solver, TruncatedSpectrum):
+            if self.preconditioner is not None:
+                raise ValueError(
+                    "`preconditioner` of `Implicit` has no use with `linear_solver=TruncatedSpectrum(...)`, which is a "
+                    "decomposition. Leave one of them out."
+                )
+            return MinimumNormStage(solver, symmetric), None
         own: AbstractStage | None = None
         small = DENSE_SIZE if symmetric else DENSE_SIZE_GENERAL
         if size <= small and (self.preconditioner is None or solver is not None):

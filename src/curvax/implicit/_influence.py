@@ -1,5 +1,7 @@
 """Hyperparameters that the inner condition does not see, found while tracing."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
@@ -10,16 +12,13 @@ from curvax._results import RESULTS
 from curvax.implicit._rule import Task
 
 
-def _unseen(task: Task) -> list[bool]:
-    """For each leaf of φ, whether Bᵀq is zero for all q by the structure of the program.
+def unreached(linear: Callable[[PyTree], PyTree], vector: PyTree) -> list[bool]:
+    """For each leaf that a linear function returns, whether it is zero for all vectors by the structure of the program.
 
-    Bᵀ is linear, so an output that is computed without q is zero. JAX drops the derivatives that it knows to vanish,
-    behind `stop_gradient`, rounding or a factor that does not depend on θ too.
+    An output that is computed without the vector is zero. JAX drops the derivatives that it knows to vanish, behind
+    `stop_gradient`, rounding or a factor that does not depend on what is differentiated too.
     """
-    vector = tree_zeros_like(task.theta0)
-    traced = jax.make_jaxpr(lambda q: task.condition.cross(task.theta0, task.phi, task.inner_batch, q))(
-        vector
-    )
+    traced = jax.make_jaxpr(linear)(vector)
     reached = set(traced.jaxpr.invars)
     for equation in traced.jaxpr.eqns:
         if any(isinstance(atom, Var) and atom in reached for atom in equation.invars):
@@ -34,13 +33,21 @@ def without_influence(
 
     A leaf that only the outer loss sees is no failure, and neither is a derivative that happens to be zero.
     """
+    cross = lambda q: task.condition.cross(task.theta0, task.phi, task.inner_batch, q)
+    return silent(unreached(cross, tree_zeros_like(task.theta0)), grad, result)
+
+
+def silent(
+    unseen: Sequence[bool], grad: PyTree[Array], result: RESULTS
+) -> tuple[PyTree[Bool[Array, ""]], RESULTS]:
+    """The same where it is known which leaves cannot have an influence through θ."""
     leaves, structure = jax.tree.flatten(grad)
     nothing = jnp.asarray(False)
-    silent = [
-        ~jnp.any(leaf != 0) if unseen and leaf.size > 0 else nothing
-        for leaf, unseen in zip(leaves, _unseen(task), strict=True)
+    flags = [
+        ~jnp.any(leaf != 0) if without and leaf.size > 0 else nothing
+        for leaf, without in zip(leaves, unseen, strict=True)
     ]
-    if any(flag is not nothing for flag in silent):
-        found = jnp.any(jnp.stack(silent)) & (result == RESULTS.successful)
+    if any(flag is not nothing for flag in flags):
+        found = jnp.any(jnp.stack(flags)) & (result == RESULTS.successful)
         result = RESULTS.where(found, RESULTS.no_influence, result)
-    return jax.tree.unflatten(structure, silent), result
+    return jax.tree.unflatten(structure, flags), result

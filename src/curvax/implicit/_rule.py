@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -26,6 +27,7 @@ class Stats(eqx.Module):
         num_inner_steps: Steps that the inner solver reported; 0 when a warm start made it unnecessary.
         curvature_min: Smallest eigenvalue (symmetric case) or singular value of A that was seen.
         curvature_max: Largest one that was seen.
+        path: How a path was differentiated and how it behaved (`cx.unroll.PathStats`); None for rules without one.
     """
 
     inner_residual: Float[Array, ""]
@@ -37,6 +39,7 @@ class Stats(eqx.Module):
     num_inner_steps: Int[Array, ""]
     curvature_min: Float[Array, ""]
     curvature_max: Float[Array, ""]
+    path: Any = None
 
 
 class State(eqx.Module):
@@ -72,8 +75,8 @@ class Task(eqx.Module):
         condition: The inner condition F(θ, φ, batch) = 0.
         outer: f(θ, φ, batch), a scalar.
         solve: θ₀ ↦ (θ, number of steps, result), the inner solver at these hyperparameters.
-        num_steps: Steps of the inner solver where their number is fixed, else 0.
-        rollout: φ ↦ θ where the inner solver can be differentiated step by step, else None.
+        rollout: φ ↦ θ where the inner solver can be differentiated step by step (a `curvax.unroll._rollout.Rollout`),
+            else None.
         phi: Hyperparameters.
         theta0: Start of the inner solver.
         inner_batch: Data of the inner level.
@@ -85,7 +88,6 @@ class Task(eqx.Module):
     condition: AbstractCondition
     outer: Callable[..., Array]
     solve: Callable[[PyTree[Array]], tuple[PyTree[Array], Array, RESULTS]]
-    num_steps: int
     rollout: Callable[[PyTree[Array]], PyTree[Array]] | None
     phi: PyTree[Array]
     theta0: PyTree[Array]

@@ -20,9 +20,10 @@ from curvax._pytree import (
 )
 from curvax._results import RESULTS
 from curvax.implicit._influence import without_influence
+from curvax.implicit._preconditioner import preconditioner_at
 from curvax.implicit._progress import Accuracy
 from curvax.implicit._rule import Outcome, State, Stats, Task
-from curvax.implicit._stage import AbstractStage, Request, preconditioner_at, why_failed
+from curvax.implicit._stage import AbstractStage, Request, why_failed
 from curvax.linear._upkeep import after_call
 
 
@@ -45,9 +46,7 @@ def run_single(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
     rhs, products, cold = outer_theta, 1, state.warm is False
     if not cold:
         rhs, products = tree_axpy(-accuracy.damping, start, tree_sub(rhs, at.transposed(start)[0])), 2
-    preconditioner, kept = preconditioner_at(
-        stage.preconditioned_by, state.preconditioner, task.rebuild(theta), task.args
-    )
+    preconditioner, kept = preconditioner_at(stage, state.preconditioner, task.rebuild(theta), task.args)
     request = Request(
         rhs=rhs,
         wanted=jnp.asarray(True),

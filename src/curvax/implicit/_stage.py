@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from curvax._control import run_if
 from curvax._pytree import (
-    stop_gradient,
     tree_add,
     tree_all_finite,
     tree_axpy,
@@ -27,10 +26,11 @@ from curvax._pytree import (
 )
 from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
+from curvax.implicit._family import accuracy_of, can_be_followed
+from curvax.linear._cg import CG
 from curvax.linear._cg_core import CGInfo, conjugate_gradient, default_max_steps, no_info
 from curvax.linear._cg_scalars import INDEFINITE, NONFINITE, RUNNING, SINGULAR
 from curvax.linear._recycle import Recycled, forget_if, still_fits, trial
-from curvax.linear._upkeep import KeptPreconditioner, renewed_if_due
 
 # Products that are spent on looking for negative curvature where nothing else has excited it.
 PROBE_STEPS = 10
@@ -118,6 +118,11 @@ class AbstractStage(eqx.Module):
         """What the user gave as a preconditioner: an operator, a function, an `Upkeep` or None."""
         return None
 
+    @property
+    def preconditioned_solvers(self) -> tuple[type, ...]:
+        """The solvers that it is for."""
+        return ()
+
     @abc.abstractmethod
     def solve(self, at: Linearised, request: Request) -> tuple[PyTree[Array], StageInfo]:
         """Solve, or return anything when not `request.wanted`."""
@@ -138,6 +143,11 @@ class ConjugateGradientStage(AbstractStage):
     def preconditioned_by(self) -> Any:
         """As it was given."""
         return self.preconditioner
+
+    @property
+    def preconditioned_solvers(self) -> tuple[type, ...]:
+        """Conjugate gradients."""
+        return (CG,)
 
     @property
     def sees_everything(self) -> bool:
@@ -319,6 +329,11 @@ class LineaxStage(AbstractStage):
         """As it was given."""
         return self.preconditioner
 
+    @property
+    def preconditioned_solvers(self) -> tuple[type, ...]:
+        """The user's."""
+        return (type(self.solver),)
+
     def solve(self, at: Linearised, request: Request) -> tuple[PyTree[Array], StageInfo]:
         """One `lineax.linear_solve`, skipped when not wanted."""
         structure = jax.eval_shape(lambda x: x, request.rhs)
@@ -335,9 +350,16 @@ class LineaxStage(AbstractStage):
             )
             if operator is not None:
                 options["preconditioner"] = operator.transpose() if transposed else operator
-            solution = lx.linear_solve(matrix, request.rhs, self.solver, options=options, throw=False)
+            state = self.solver.init(matrix, options)
+            solution = lx.linear_solve(
+                matrix, request.rhs, self.solver, options=options, state=state, throw=False
+            )
             steps = solution.stats.get("num_steps", tree_size(request.rhs))
             singular = solution.result == lx.RESULTS.singular
+            if not self.solver.assume_full_rank():
+                # Of a system without a solution it returns what passes for one.
+                forwards = self.solver.transpose(state, options) if transposed else (state, options)
+                singular |= ~self._followed(at, request.damping, *forwards)
             failed = (solution.result != lx.RESULTS.successful) & ~singular
             return solution.value, jnp.asarray(steps), jnp.stack([singular, failed])
 
@@ -372,6 +394,16 @@ class LineaxStage(AbstractStage):
             tried=jnp.asarray(False),
         )
 
+    def _followed(self, at: Linearised, damping: Scalar, state: Any, options: Any) -> Bool[Array, ""]:
+        """Whether there is a derivative, where A may be singular."""
+        return can_be_followed(
+            lambda v: tree_axpy(damping, v, at.apply(v)),
+            lambda v: self.solver.compute(state, v, options)[0],
+            lambda z: at.transposed(z)[1],
+            at.residual,
+            accuracy_of(self.solver),
+        )
+
 
 class CheckedStage(AbstractStage):
     """The user's solver for the adjoint, a solver that knows its error for the corrections that judge it.
@@ -392,6 +424,11 @@ class CheckedStage(AbstractStage):
     def preconditioned_by(self) -> Any:
         """As the user's solver, whose it is; the solver that checks uses it too."""
         return self.first.preconditioner
+
+    @property
+    def preconditioned_solvers(self) -> tuple[type, ...]:
+        """Both."""
+        return self.first.preconditioned_solvers + self.check.preconditioned_solvers
 
     @property
     def sees_everything(self) -> bool:
@@ -425,39 +462,3 @@ def why_failed(info: StageInfo) -> RESULTS:
     return RESULTS.where(
         info.nonfinite, RESULTS.nonfinite, RESULTS.where(info.singular, RESULTS.singular_curvature, budget)
     )
-
-
-def resolve_preconditioner(preconditioner: Any, theta: PyTree, args: Any) -> lx.AbstractLinearOperator | None:
-    """An operator as it is, a function called at (theta, args); no derivative flows through either."""
-    if preconditioner is None:
-        return None
-    if not isinstance(preconditioner, lx.AbstractLinearOperator):
-        preconditioner = preconditioner(theta, args)
-        if not isinstance(preconditioner, lx.AbstractLinearOperator):
-            raise TypeError(
-                "`preconditioner` of `Implicit` must be a Lineax operator, or a function (theta, args) -> operator; "
-                f"the function returned {type(preconditioner).__name__}."
-            )
-    _check_fits(preconditioner, theta)
-    return stop_gradient(preconditioner)
-
-
-def preconditioner_at(
-    preconditioner: Any, kept: KeptPreconditioner | None, theta: PyTree, args: Any
-) -> tuple[lx.AbstractLinearOperator | None, KeptPreconditioner | None]:
-    """The operator that serves at `theta`, and what is kept of it for later ones."""
-    if kept is None:
-        return resolve_preconditioner(preconditioner, theta, args), None
-    operator, kept = renewed_if_due(preconditioner, kept, theta, args)
-    _check_fits(operator, theta)
-    return operator, kept
-
-
-def _check_fits(operator: lx.AbstractLinearOperator, theta: PyTree) -> None:
-    wanted = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(theta, eqx.is_inexact_array))]
-    found = [leaf.shape for leaf in jax.tree.leaves(operator.in_structure())]
-    if wanted != found:
-        raise ValueError(
-            "`preconditioner` of `Implicit` must act on vectors shaped like theta, with leaves of the shapes "
-            f"{wanted}; its operator takes {found}."
-        )

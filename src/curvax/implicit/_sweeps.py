@@ -42,6 +42,7 @@ from curvax._results import RESULTS
 from curvax.implicit._condition import Linearised
 from curvax.implicit._influence import without_influence
 from curvax.implicit._judgement import CORRECTION_RTOL, Decision, Limits, Policy, decide, proceed
+from curvax.implicit._preconditioner import preconditioner_at
 from curvax.implicit._progress import (
     DONE,
     FIRST,
@@ -59,7 +60,7 @@ from curvax.implicit._progress import (
     integer,
 )
 from curvax.implicit._rule import Outcome, State, Stats, Task
-from curvax.implicit._stage import AbstractStage, Request, preconditioner_at
+from curvax.implicit._stage import AbstractStage, Request
 from curvax.implicit._trend import extrapolate, follow
 from curvax.linear._recycle import Recycled, forget_if, maintain
 from curvax.linear._upkeep import KeptPreconditioner, after_call, due_if
@@ -258,9 +259,7 @@ def run_sweeps(task: Task, stage: AbstractStage, accuracy: Accuracy, state: Stat
         theta, inner_steps = run_if(solving, inner, (c.theta, progress.counts.inner_steps))
         needed = (progress.phase != POLISH) & (progress.phase != DONE)
         visit, unit = _visit(task, theta, needed, progress.unit)
-        operator, kept = preconditioner_at(
-            stage.preconditioned_by, c.preconditioner, task.rebuild(theta), task.args
-        )
+        operator, kept = preconditioner_at(stage, c.preconditioner, task.rebuild(theta), task.args)
         adjoint = tree_scale(jnp.where(progress.unit == unit, 1, unit), c.adjoint)
         here = progress._replace(
             unit=unit,

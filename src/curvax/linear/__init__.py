@@ -1,10 +1,18 @@
 """Linear solvers that Lineax lacks, preconditioners for them, and matrix equations."""
 
+from curvax.linear._amg import amg as amg
 from curvax.linear._auto import Auto as Auto
 from curvax.linear._auto_stages import Method as Method
 from curvax.linear._auto_stages import Reason as Reason
 from curvax.linear._cg import CG as CG
+from curvax.linear._damping import damping_for_condition as damping_for_condition
+from curvax.linear._damping import damping_from_diagonal as damping_from_diagonal
+from curvax.linear._damping_by_data import DampingChoice as DampingChoice
+from curvax.linear._damping_by_data import damping_by_cross_validation as damping_by_cross_validation
+from curvax.linear._damping_by_data import damping_by_evidence as damping_by_evidence
 from curvax.linear._fgmres import FGMRES as FGMRES
+from curvax.linear._incomplete_cholesky import incomplete_cholesky as incomplete_cholesky
+from curvax.linear._incomplete_lu import incomplete_lu as incomplete_lu
 from curvax.linear._jacobi import jacobi as jacobi
 from curvax.linear._lbfgs import LBFGSPreconditioner as LBFGSPreconditioner
 from curvax.linear._lbfgs import lbfgs as lbfgs
@@ -14,7 +22,11 @@ from curvax.linear._neumann import Neumann as Neumann
 from curvax.linear._nystrom import NystromPreconditioner as NystromPreconditioner
 from curvax.linear._nystrom import nystrom as nystrom
 from curvax.linear._refined import Refined as Refined
+from curvax.linear._shifted_cholesky import ShiftedCholesky as ShiftedCholesky
+from curvax.linear._shifted_cholesky import shifted_cholesky as shifted_cholesky
+from curvax.linear._sparse import SparsePreconditioner as SparsePreconditioner
 from curvax.linear._sylvester import solve_lyapunov as solve_lyapunov
 from curvax.linear._sylvester import solve_sylvester as solve_sylvester
+from curvax.linear._truncated import TruncatedSpectrum as TruncatedSpectrum
 from curvax.linear._upkeep import KeptPreconditioner as KeptPreconditioner
 from curvax.linear._upkeep import Upkeep as Upkeep

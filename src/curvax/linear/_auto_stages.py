@@ -1,31 +1,15 @@
-"""The stages of `Auto`: each takes the best iterate so far and tries to do better."""
+"""What the stages of `Auto` hand on to each other: the best iterate so far, and how it came about."""
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from curvax._pytree import (
-    tree_add,
-    tree_dtype,
-    tree_generic_like,
-    tree_neg,
-    tree_norm,
-    tree_scale,
-    tree_sub,
-    tree_where,
-)
-from curvax.linear._bicgstab_core import bicgstab
-from curvax.linear._cg_core import conjugate_gradient, negated
-from curvax.linear._cg_scalars import INDEFINITE, SINGULAR
-from curvax.linear._gmres_core import gmres
-from curvax.linear._minres_core import minres
-from curvax.linear._system import MatVec
-from curvax.operators._dense import ravel, structure_of, unravel
-from curvax.operators._factorisation import Factorisation, factorise, written_out
+from curvax._control import Packed, in_one_kernel, pack
+from curvax._pytree import tree_dtype, tree_norm, tree_where
 
 
 class Method(enum.IntEnum):
@@ -41,6 +25,8 @@ class Method(enum.IntEnum):
     lu_fallback = 7
     structured = 8  # the inverse that the structure of the operator gives
     bicgstab = 9
+    cholesky_fallback = 10
+    cg_jacobi = 11  # with the diagonal as a preconditioner
 
 
 class Reason(enum.IntEnum):
@@ -52,6 +38,23 @@ class Reason(enum.IntEnum):
     stalled = 3  # no further progress, or rounding level above the tolerance
     budget = 4  # out of steps
     not_symmetric = 5  # tagged symmetric, and a probe has shown that it is not
+    slow = 6  # by its progress so far, a factorisation would be done before it
+
+
+class Marks(NamedTuple):
+    """The scalars of an attempt."""
+
+    residual_norm: Scalar  # of the true residual
+    num_matvecs: Int[Array, ""]
+    method: Int[Array, ""]
+    reason: Int[Array, ""]
+    failure: Int[Array, ""]  # a Reason: why the last stage failed
+    singular: Bool[Array, ""]
+    taken: Bool[Array, ""]  # whether the last stage brought a smaller residual
+    condition: Scalar
+    lowest: Scalar  # smallest Ritz value of conjugate gradients
+    upcoming: Int[Array, ""]  # products of the next phase of a stage
+    again: Bool[Array, ""]  # whether there is one
 
 
 class Attempt(NamedTuple):
@@ -59,13 +62,32 @@ class Attempt(NamedTuple):
 
     x: PyTree[Array]
     r: PyTree[Array]
-    residual_norm: Scalar
-    num_matvecs: Int[Array, ""]
-    method: Int[Array, ""]
-    reason: Int[Array, ""]
-    failure: Int[Array, ""]  # a Reason: why the last stage failed
-    singular: Bool[Array, ""]
-    condition: Scalar
+    packed: Packed[Marks]
+
+    @property
+    def marks(self) -> Marks:
+        """The scalars, each one apart."""
+        return self.packed.tree
+
+
+def begin(x: PyTree[Array], r: PyTree[Array], num_matvecs: int = 0) -> Attempt:
+    """The start, before any stage."""
+    dtype = tree_dtype(r)
+    none, no, spent = jnp.zeros((), jnp.int32), jnp.asarray(False), jnp.asarray(num_matvecs, jnp.int32)
+    zero, unknown = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
+    return Attempt(x, r, pack(Marks(tree_norm(r), spent, none, none, none, no, no, zero, unknown, none, no)))
+
+
+def stats_of(p: Attempt) -> dict[str, Array]:
+    """The public statistics."""
+    marks = p.marks
+    return {
+        "method": marks.method,
+        "reason": marks.reason,
+        "num_steps": marks.num_matvecs,
+        "residual_norm": marks.residual_norm,
+        "condition": marks.condition,
+    }
 
 
 def sign_of(operator: lx.AbstractLinearOperator) -> int:
@@ -75,206 +97,39 @@ def sign_of(operator: lx.AbstractLinearOperator) -> int:
     return -1 if lx.is_negative_semidefinite(operator) else 0
 
 
-def begin(x: PyTree[Array], r: PyTree[Array]) -> Attempt:
-    """The start, before any stage."""
-    zero = jnp.asarray(0)
-    dtype = tree_dtype(r)
-    return Attempt(x, r, tree_norm(r), zero, zero, zero, zero, jnp.asarray(False), jnp.zeros((), dtype))
-
-
-def stats_of(p: Attempt) -> dict[str, Array]:
-    """The public statistics."""
-    return {
-        "method": p.method,
-        "reason": p.reason,
-        "num_steps": p.num_matvecs,
-        "residual_norm": p.residual_norm,
-        "condition": p.condition,
-    }
-
-
-def by_factors(f: Factorisation, vector: PyTree[Array]) -> Attempt:
-    """A solve with a factorisation at hand."""
-    structure = structure_of(vector)
-    b = ravel(vector, f.matrix.dtype)
-    x = f.solve(b)
-    r = unravel(b - f.multiply(x), structure)
-    direct = jnp.where(f.definite, int(Method.cholesky), int(Method.lu))
-    fell_back = jnp.logical_and(f.tries_cholesky, ~f.definite)
-    start = begin(unravel(x, structure), r)
-    return start._replace(
-        method=direct.astype(start.method.dtype),
-        reason=jnp.where(fell_back, int(Reason.indefinite), 0).astype(start.reason.dtype),
-        failure=jnp.asarray(int(Reason.stalled)),
-        singular=_is_singular(f) & (tree_norm(vector) > 0),
-        condition=1 / f.rcond,
-    )
-
-
-def structured_stage(
-    operator: lx.AbstractLinearOperator,
-    inverse: lx.AbstractLinearOperator,
-    condition: Scalar,
-    vector: PyTree[Array],
+def after_stage(
     p: Attempt,
-    target: Scalar,
+    x: PyTree[Array],
+    r: PyTree[Array],
+    steps: Int[Array, ""] | int,
+    method: Method,
+    told: Callable[..., Marks],
+    *scalars: Array,
 ) -> Attempt:
-    """The inverse of the structure, refined while that halves the residual."""
+    """Take (x, r) if its residual is smaller; it is this method's answer in any case.
 
-    def refine(carry: tuple[Attempt, Bool[Array, ""]]) -> tuple[Attempt, Bool[Array, ""]]:
-        before, _ = carry
-        x = tree_add(before.x, inverse.mv(before.r))
-        after = _improved(before, x, tree_sub(vector, operator.mv(x)), jnp.asarray(1), Method.structured)
-        halved = after.residual_norm <= 0.5 * before.residual_norm
-        return after._replace(reason=p.failure), halved & ~(after.residual_norm <= target)
-
-    after, _ = jax.lax.while_loop(lambda carry: carry[1], refine, (p, jnp.asarray(True)))
-    # Written so that a condition number that is not a number counts as singular.
-    singular = ~(condition * 10 * jnp.finfo(condition.dtype).eps < 1) & (p.residual_norm > 0)
-    failure = _failure(p, singular, jnp.asarray(False))
-    return after._replace(failure=failure, singular=singular, condition=condition)
-
-
-def condition_of(operator: lx.AbstractLinearOperator, inverse: lx.AbstractLinearOperator) -> Scalar:
-    """A lower bound of the condition number in the 2-norm, mostly within a factor of two; 8 products.
-
-    Two steps of the power method for AᵀA, and for its inverse. Infinite or NaN where the inverse is.
+    `told(marks, norm, *scalars)` sets what else the stage has found out, given the norm of its own residual.
     """
 
-    def norm(apply: lx.AbstractLinearOperator) -> Scalar:
-        transposed = apply.transpose()
-        vector = tree_generic_like(apply.in_structure(), another=True)
-        for _ in range(2):
-            image = apply.mv(tree_scale(1 / tree_norm(vector), vector))
-            size, vector = tree_norm(image), transposed.mv(image)
-        return size
+    def judged(marks: Marks, norm: Scalar, steps: Int[Array, ""], *scalars: Array) -> Marks:
+        taken = norm < marks.residual_norm
+        kept = marks._replace(
+            residual_norm=jnp.where(taken, norm, marks.residual_norm),
+            num_matvecs=marks.num_matvecs + steps,
+            method=jnp.full_like(marks.method, int(method)),
+            reason=marks.failure,
+            taken=taken,
+        )
+        return told(kept, norm, *scalars)
 
-    return norm(operator) * norm(inverse)
-
-
-def _is_singular(f: Factorisation) -> Bool[Array, ""]:
-    return ~(f.rcond > f.matrix.shape[0] * jnp.finfo(f.matrix.dtype).eps)
-
-
-def _improved(
-    p: Attempt, x: PyTree[Array], r: PyTree[Array], steps: Int[Array, ""], method: Method
-) -> Attempt:
-    """Take (x, r) if its residual is smaller; it is this method's answer in any case."""
-    norm = tree_norm(r)
-    better = norm < p.residual_norm
-    return p._replace(
-        x=tree_where(better, x, p.x),
-        r=tree_where(better, r, p.r),
-        residual_norm=jnp.where(better, norm, p.residual_norm),
-        num_matvecs=p.num_matvecs + steps,
-        method=jnp.asarray(int(method)).astype(p.method.dtype),
-        reason=p.failure,
-    )
+    packed = in_one_kernel(judged)(p.packed, tree_norm(r), jnp.asarray(steps, jnp.int32), *scalars)
+    taken = packed.pick(lambda marks: marks.taken)
+    return Attempt(tree_where(taken, x, p.x), tree_where(taken, r, p.r), packed)
 
 
-def cg_stage(
-    operator: lx.AbstractLinearOperator,
-    vector: PyTree[Array],
-    p: Attempt,
-    target: Scalar,
-    budget: int,
-    precondition: MatVec | None,
-) -> Attempt:
-    """Conjugate gradients, to a relative forward error."""
-    negative = sign_of(operator) < 0
-    norm = tree_norm(vector)
-    correction, info = conjugate_gradient(
-        negated(operator.mv) if negative else operator.mv,
-        tree_neg(p.r) if negative else p.r,
-        rtol=jnp.minimum(target / jnp.where(norm > 0, norm, 1), 0.5),
-        max_steps=budget,
-        preconditioner=precondition,
-        reference=p.x,
-    )
-    x = tree_add(p.x, correction)
-    after = _improved(p, x, tree_sub(vector, operator.mv(x)), info.num_matvecs + 1, Method.cg)
-    singular = info.status == SINGULAR
-    failure = _failure(p, singular, info.num_matvecs >= budget)
-    failure = jnp.where(info.status == INDEFINITE, int(Reason.indefinite), failure)
-    seen = jnp.isfinite(info.curvature_min) & (info.curvature_min > 0)
-    condition = jnp.where(seen, info.curvature_max / jnp.where(seen, info.curvature_min, 1), 0)
-    return after._replace(
-        failure=failure.astype(p.failure.dtype),
-        singular=singular,
-        condition=condition.astype(p.condition.dtype),
-    )
-
-
-def minres_stage(
-    matvec: MatVec,
-    vector: PyTree[Array],
-    p: Attempt,
-    target: Scalar,
-    budget: int,
-    precondition: MatVec | None,
-) -> Attempt:
-    """MINRES."""
-    x, r, info = minres(
-        matvec, vector, p.x, p.r, target=target, max_steps=budget, preconditioner=precondition
-    )
-    failure = _failure(p, info.singular, info.num_matvecs >= budget)
-    return _improved(p, x, r, info.num_matvecs, Method.minres)._replace(failure=failure)
-
-
-def gmres_stage(
-    matvec: MatVec,
-    vector: PyTree[Array],
-    p: Attempt,
-    target: Scalar,
-    budget: int,
-    precondition: MatVec | None,
-    restart: int,
-    method: Method,
-) -> Attempt:
-    """Restarted GMRES."""
-    x, r, info = gmres(
-        matvec,
-        vector,
-        p.x,
-        p.r,
-        target=target,
-        max_steps=budget,
-        restart=restart,
-        preconditioner=precondition,
-    )
-    failure = _failure(p, jnp.asarray(False), info.num_matvecs >= budget)
-    return _improved(p, x, r, info.num_matvecs, method)._replace(failure=failure)
-
-
-def bicgstab_stage(
-    matvec: MatVec,
-    vector: PyTree[Array],
-    p: Attempt,
-    target: Scalar,
-    budget: int,
-    precondition: MatVec | None,
-) -> Attempt:
-    """Stabilised biconjugate gradients: no long recurrence to restart, and no guarantee."""
-    x, r, info = bicgstab(
-        matvec, vector, p.x, p.r, target=target, max_steps=budget, preconditioner=precondition
-    )
-    failure = _failure(p, jnp.asarray(False), info.num_matvecs >= budget)
-    return _improved(p, x, r, info.num_matvecs, Method.bicgstab)._replace(failure=failure)
-
-
-def lu_stage(operator: lx.AbstractLinearOperator, vector: PyTree[Array], p: Attempt) -> Attempt:
-    """The matrix written out and factorised, whatever its definiteness: the last word on singularity."""
-    f = factorise(written_out(operator), 0)
-    structure, dtype = structure_of(p.r), f.matrix.dtype
-    x = ravel(p.x, dtype) + f.solve(ravel(p.r, dtype))
-    r = ravel(vector, dtype) - f.multiply(x)
-    after = _improved(p, unravel(x, structure), unravel(r, structure), jnp.asarray(0), Method.lu_fallback)
-    singular = _is_singular(f)
-    return after._replace(
-        failure=_failure(p, singular, jnp.asarray(False)), singular=singular, condition=1 / f.rcond
-    )
-
-
-def _failure(p: Attempt, singular: Bool[Array, ""], out_of_steps: Bool[Array, ""]) -> Int[Array, ""]:
-    failure = jnp.where(out_of_steps, int(Reason.budget), int(Reason.stalled))
-    return jnp.where(singular, int(Reason.singular), failure).astype(p.failure.dtype)
+def failed(marks: Marks, *failures: tuple[Bool[Array, ""] | bool, Reason]) -> Marks:
+    """With the first of these failures that holds, or `stalled`."""
+    failure = jnp.full_like(marks.failure, int(Reason.stalled))
+    for holds, reason in reversed(failures):
+        failure = jnp.where(holds, int(reason), failure)
+    return marks._replace(failure=failure)

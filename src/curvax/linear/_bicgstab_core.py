@@ -42,7 +42,7 @@ def bicgstab(
     r: PyTree[Array],
     *,
     target: Scalar,
-    max_steps: int,
+    max_steps: Int[Array, ""] | int,
     preconditioner: MatVec | None = None,
 ) -> tuple[PyTree[Array], PyTree[Array], BiCGStabInfo]:
     """Improve x, whose residual is r = b − Ax, until the true residual norm is at most `target`.

@@ -11,6 +11,8 @@ from curvax._pytree import stop_gradient, tree_neg, tree_size, tree_sub, tree_ze
 from curvax.linear._cg_core import default_max_steps, negated
 from curvax.linear._cg_scalars import CONVERGED, INDEFINITE, NONFINITE, PRECISION_LIMITED, SINGULAR
 from curvax.linear._many import solve_sharing_products
+from curvax.linear._system import preconditioner_of
+from curvax.operators._damped import check_real
 
 _State: TypeAlias = tuple[lx.AbstractLinearOperator, bool]
 
@@ -77,6 +79,7 @@ class CG(lx.AbstractLinearSolver[_State]):
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _State:
         """Check the operator and linearise it."""
         del options
+        check_real(operator, "the operator of `CG`")
         if operator.in_structure() != operator.out_structure():
             raise ValueError(
                 "`CG` solves with square operators only; use `lx.LSMR` or `lx.NormalCG` otherwise."
@@ -97,6 +100,7 @@ class CG(lx.AbstractLinearSolver[_State]):
         matvec = negated(operator.mv) if negative else operator.mv
         rhs = tree_neg(vector) if negative else vector
         start = stop_gradient(options.get("y0"))
+        apply = preconditioner_of("CG", operator, options)
         preconditioner = options.get("preconditioner")
         if preconditioner is not None and not (
             lx.is_symmetric(preconditioner) or lx.is_positive_semidefinite(preconditioner)
@@ -113,7 +117,7 @@ class CG(lx.AbstractLinearSolver[_State]):
             rhs if start is None else tree_sub(rhs, matvec(start)),
             rtol=self.rtol,
             max_steps=default_max_steps(size) if self.max_steps is None else self.max_steps,
-            preconditioner=None if preconditioner is None else preconditioner.mv,
+            preconditioner=apply,
             reference=start,
         )
         if start is not None:

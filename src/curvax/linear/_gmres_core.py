@@ -5,12 +5,14 @@ zero entry of b with atol = 0 can never pass (or passes as NaN); here each step 
 of the residual at hand and may stop.
 """
 
+import functools as ft
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from curvax._control import run_if
 from curvax._pytree import tree_add, tree_dtype, tree_norm, tree_size, tree_sub, tree_where
 from curvax.linear._system import MatVec
 from curvax.operators._dense import ravel, structure_of, unravel
@@ -26,29 +28,41 @@ class GMRESInfo(NamedTuple):
     nonfinite: Bool[Array, ""]
 
 
+# GPUs round the factors of a float32 product to ten bits unless they are told not to.
+_dot = ft.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+# Where more than this is left of a vector little has cancelled, and one projection is enough (Rutishauser's choice).
+_ENOUGH = 0.1
+
+
 class _Cycle(NamedTuple):
-    basis: Float[Array, "m1 n"]
+    basis: Float[Array, "m1 n"]  # zero beyond the first `steps` + 1 rows
     directions: (
         Float[Array, "m n"] | None
     )  # the basis preconditioned, where that may differ from step to step
     triangle: Float[Array, "m m"]  # R of the QR factorisation of the Hessenberg matrix, by columns
-    cosines: Float[Array, " m"]
-    sines: Float[Array, " m"]
+    rotations: Float[
+        Array, "m1 m1"
+    ]  # Qᵀ, written out: one product with it instead of a loop of tiny rotations
     rotated: Float[Array, " m1"]  # Qᵀ β e₁; its last entry is the residual norm
     steps: Int[Array, ""]
     finished: Bool[Array, ""]
 
 
-def _rotate(
-    column: Float[Array, " m1"], cosines: Array, sines: Array, count: Int[Array, ""]
-) -> Float[Array, " m1"]:
-    """Apply the first `count` Givens rotations to a column of the Hessenberg matrix."""
+def _orthogonalised(
+    basis: Float[Array, "m1 n"], w: Float[Array, " n"]
+) -> tuple[Float[Array, " n"], Float[Array, " m1"], Scalar, Scalar]:
+    """w orthogonal to the rows, its coefficients, its norm then and before; a second time where much has cancelled."""
+    before = jnp.linalg.norm(w)
 
-    def one(i: Array, h: Array) -> Array:
-        a, b = h[i], h[i + 1]
-        return h.at[i].set(cosines[i] * a + sines[i] * b).at[i + 1].set(cosines[i] * b - sines[i] * a)
+    def project(c: tuple[Array, Array, Scalar]) -> tuple[Array, Array, Scalar]:
+        found = _dot(basis, c[0])
+        w = c[0] - _dot(found, basis)
+        return w, c[1] + found, jnp.linalg.norm(w)
 
-    return jax.lax.fori_loop(0, count, one, column)
+    once = project((w, jnp.zeros(len(basis), w.dtype), before))
+    w, coefficients, after = run_if(once[2] <= _ENOUGH * before, project, once)
+    return w, coefficients, after, before
 
 
 def _cycle(
@@ -68,8 +82,7 @@ def _cycle(
         basis=jnp.zeros((restart + 1, r.size), dtype).at[0].set(r / jnp.where(norm > 0, norm, 1)),
         directions=jnp.zeros((restart, r.size), dtype) if flexible else None,
         triangle=jnp.eye(restart, dtype=dtype),
-        cosines=jnp.zeros((restart,), dtype),
-        sines=jnp.zeros((restart,), dtype),
+        rotations=jnp.eye(restart + 1, dtype=dtype),
         rotated=jnp.zeros((restart + 1,), dtype).at[0].set(norm),
         steps=jnp.asarray(0),
         finished=~(norm > target),
@@ -78,18 +91,11 @@ def _cycle(
     def body(c: _Cycle) -> _Cycle:
         k = c.steps
         z = precondition(c.basis[k])
-        w = matvec(z)
-        length = jnp.linalg.norm(w)
-        # Gram–Schmidt twice: orthogonal to working precision, and only matrix–vector work.
-        first = c.basis @ w
-        w = w - first @ c.basis
-        second = c.basis @ w
-        w = w - second @ c.basis
-        height = jnp.linalg.norm(w)
+        w, coefficients, height, length = _orthogonalised(c.basis, matvec(z))
         # The Krylov space is invariant: what is left of w is rounding.
         invariant = height <= 10 * eps * length
         height = jnp.where(invariant, 0, height)
-        column = _rotate((first + second).at[k + 1].set(height), c.cosines, c.sines, k)
+        column = _dot(c.rotations, coefficients.at[k + 1].set(height))
         a, b = column[k], column[k + 1]
         pivot = jnp.sqrt(a * a + b * b)
         # A zero pivot means a singular operator: leave the direction out.
@@ -99,13 +105,16 @@ def _cycle(
         new = jnp.where(usable, column[:-1].at[k].set(pivot), jnp.zeros_like(column[:-1]).at[k].set(1))
         head = c.rotated[k]
         rotated = c.rotated.at[k].set(jnp.where(usable, cosine * head, 0)).at[k + 1].set(-sine * head)
+        upper, lower = c.rotations[k], c.rotations[k + 1]
         mask = jnp.arange(restart) <= k
         return _Cycle(
             basis=c.basis.at[k + 1].set(jnp.where(height > 0, w / jnp.where(height > 0, height, 1), 0)),
             directions=None if c.directions is None else c.directions.at[k].set(z),
             triangle=c.triangle.at[:, k].set(jnp.where(mask, new, 0)),
-            cosines=c.cosines.at[k].set(cosine),
-            sines=c.sines.at[k].set(sine),
+            rotations=c.rotations.at[k]
+            .set(cosine * upper + sine * lower)
+            .at[k + 1]
+            .set(cosine * lower - sine * upper),
             rotated=rotated,
             steps=k + 1,
             finished=invariant | ~(jnp.abs(sine * head) > target) | ~usable,
@@ -118,8 +127,8 @@ def _cycle(
     used = jnp.where(jnp.arange(restart) < end.steps, end.rotated[:-1], 0)
     coefficients = jax.scipy.linalg.solve_triangular(end.triangle, used)
     if end.directions is None:
-        return precondition(coefficients @ end.basis[:-1]), end.steps
-    return coefficients @ end.directions, end.steps
+        return precondition(_dot(coefficients, end.basis[:restart])), end.steps
+    return _dot(coefficients, end.directions), end.steps
 
 
 class _Carry(NamedTuple):

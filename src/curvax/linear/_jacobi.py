@@ -9,11 +9,10 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax._pytree import stop_gradient, tree_dtype
-from curvax.linear._system import is_symmetric
 from curvax.operators._damped import Damped, check_damping, diagonal_part, is_square
 from curvax.operators._dense import ravel, unravel
 from curvax.operators._parts import untagged
-from curvax.operators._structured import AbstractStructuredOperator
+from curvax.operators._structured import AbstractStructuredOperator, is_symmetric
 
 # More products than this are not spent on a diagonal without being asked for.
 MAX_EXACT_SIZE = 4096
@@ -88,7 +87,7 @@ def jacobi(
     operator = stop_gradient(operator)
     shift = jnp.asarray(damping, dtype)
     if num_probes is None:
-        if operator.in_size() > MAX_EXACT_SIZE and not _has_entries(operator):
+        if operator.in_size() > MAX_EXACT_SIZE and not diagonal_is_known(operator):
             raise ValueError(
                 f"`jacobi` would need {operator.in_size()} products for the exact diagonal of a "
                 f"{type(untagged(operator)).__name__}, over the limit of {MAX_EXACT_SIZE}. Estimate it, with "
@@ -156,15 +155,15 @@ def check_key(name: str, key: Any) -> PRNGKeyArray:
     raise ValueError(f"`key` of `{name}` must be one random key, such as `jax.random.key(0)`, found {found}.")
 
 
-def _has_entries(operator: lx.AbstractLinearOperator) -> bool:
+def diagonal_is_known(operator: lx.AbstractLinearOperator) -> bool:
     """Whether `_diagonal` costs a product at most."""
     part = untagged(operator)
     if lx.is_diagonal(operator):
         return True
     if isinstance(part, lx.AddLinearOperator):
-        return _has_entries(part.operator1) and _has_entries(part.operator2)
+        return diagonal_is_known(part.operator1) and diagonal_is_known(part.operator2)
     if isinstance(part, lx.NegLinearOperator | lx.MulLinearOperator | lx.DivLinearOperator | Damped):
-        return _has_entries(part.operator)
+        return diagonal_is_known(part.operator)
     return isinstance(part, _WITH_ENTRIES)
 
 

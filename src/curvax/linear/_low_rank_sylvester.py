@@ -11,7 +11,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from curvax.linear._bartels_stewart import check_schur, factorise, product, solve
-from curvax.linear._system import is_symmetric
+from curvax.operators._structured import is_symmetric
 
 MatVec = Callable[[Array], Array]
 

@@ -14,12 +14,12 @@ from curvax.linear._system import (
     conjugated_options,
     final_result,
     in_units,
-    is_symmetric,
     preconditioner_of,
     start_and_residual,
     tolerance,
     transposed_options,
 )
+from curvax.operators._structured import is_symmetric
 
 _State: TypeAlias = lx.AbstractLinearOperator
 

@@ -15,13 +15,12 @@ from curvax.linear._slots import EXACT, along, mixed
 from curvax.operators._damped import check_damping
 from curvax.operators._dense import dense_matrix, ravel, unravel
 from curvax.operators._dispatch import register
+from curvax.operators._low_rank_approximation import NEGATIVE, nystrom_core
 
 # Columns pushed through the operator at once: each carries its own copy of the activations.
 _CHUNK = 16
 # By default the rank may grow to this multiple of the first one.
 _GROWTH = 8
-# Negative eigenvalues of the core beyond this multiple of its rounding are none of rounding's.
-_NEGATIVE = 10
 
 
 class NystromPreconditioner(lx.AbstractLinearOperator):
@@ -267,30 +266,16 @@ def _sketched(
 def _approximation(
     omega: Float[Array, "slots n"], sketch: Float[Array, "slots n"], count: Int[Array, ""], mu: Scalar
 ) -> _LowRank:
-    """The Nyström approximation of A + νI less ν, from the rows that there are.
-
-    With Y = AΩ + νΩ = QR and the core ΩᵀAΩ = E diag(m) Eᵀ, A + νI ≈ Q T Tᵀ Qᵀ for T = R E (m + ν)^{-1/2}. A core
-    of deficient rank has its zeros at ν, which is what rounding makes of them: ε ‖AΩ‖_F, or the asymmetry of
-    the core where the products are less accurate.
-    """
-    slots, dtype = omega.shape[0], omega.dtype
-    used = jnp.arange(slots, dtype=count.dtype) < count
-    omega = jnp.where(used[:, None], omega, 0)
-    core = jnp.matmul(omega, sketch.T, precision=EXACT)
-    tiny, eps = jnp.finfo(dtype).tiny, jnp.finfo(dtype).eps
-    rounding = jnp.maximum(eps * jnp.linalg.norm(sketch), 0.5 * jnp.linalg.norm(core - core.T))
-    zero = rounding < tiny  # A is zero as far as numbers go
-    shift = jnp.where(zero, 1, rounding)
-    energies, mix = jnp.linalg.eigh(0.5 * (core + core.T))
-    indefinite = energies[0] < -_NEGATIVE * rounding
-    factor, triangle = jnp.linalg.qr((sketch + shift * omega).T)
-    inner = jnp.matmul(triangle, mix, precision=EXACT) * jax.lax.rsqrt(jnp.maximum(energies, 0) + shift)
-    squares, rotation = jnp.linalg.eigh(jnp.matmul(inner, inner.T, precision=EXACT))
-    values = jnp.maximum(squares[::-1] - shift, 0)
-    values = jnp.where(used & ~zero, values, 0)
-    basis = jnp.where(used[:, None], jnp.matmul(rotation[:, ::-1].T, factor.T, precision=EXACT), 0)
-    damping = jnp.maximum(jnp.maximum(mu, rounding), tiny)
-    return _LowRank(basis, jnp.where(indefinite, jnp.nan, values), damping, rounding)
+    """The Nyström approximation of A from the rows that there are."""
+    used = jnp.arange(omega.shape[0], dtype=count.dtype) < count
+    basis, values, rounding = nystrom_core(jnp.where(used[:, None], omega, 0), sketch)
+    damping = jnp.maximum(jnp.maximum(mu, rounding), jnp.finfo(omega.dtype).tiny)
+    return _LowRank(
+        jnp.where(used[:, None], basis, 0),
+        jnp.where(used | jnp.isnan(values), values, 0),
+        damping,
+        rounding,
+    )
 
 
 def _estimated(
@@ -321,7 +306,7 @@ def _estimated(
     begin = start / jnp.linalg.norm(start)
     (_, error, lowest), _ = jax.lax.scan(step, (begin, zero, zero), length=steps)
     # A NaN in A is one in the eigenvalues as well.
-    indefinite = lowest < -_NEGATIVE * low_rank.rounding
+    indefinite = lowest < -NEGATIVE * low_rank.rounding
     values = jnp.where(indefinite, jnp.nan, low_rank.values)
     return _Growth(sketch, count, spent + steps, low_rank._replace(values=values), error)
 

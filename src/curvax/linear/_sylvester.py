@@ -19,7 +19,7 @@ from curvax.linear._bartels_stewart import (
     solve_and_check,
 )
 from curvax.linear._low_rank_sylvester import LowRankSolution, solve_low_rank
-from curvax.linear._system import is_symmetric
+from curvax.operators._structured import is_symmetric
 
 _NONFINITE = (
     "`{name}`: an argument holds NaN or infinity. Look for the operation that made it with "

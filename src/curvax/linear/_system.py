@@ -22,6 +22,7 @@ from curvax._pytree import (
     tree_where,
     tree_zeros_like,
 )
+from curvax.operators._damped import check_real
 
 MatVec = Callable[[PyTree[Array]], PyTree[Array]]
 
@@ -56,7 +57,8 @@ def in_units(compute: _Compute) -> _Compute:
 
 
 def check_square(name: str, operator: lx.AbstractLinearOperator) -> None:
-    """Raise `ValueError` unless `operator` maps a space to itself."""
+    """Raise `ValueError` unless `operator` maps a space of real arrays to itself."""
+    check_real(operator, f"the operator of `{name}`")
     same = jax.tree.structure(operator.in_structure()) == jax.tree.structure(
         operator.out_structure()
     ) and all(
@@ -70,15 +72,6 @@ def check_square(name: str, operator: lx.AbstractLinearOperator) -> None:
             f"`{name}` solves square systems only, found an operator from {operator.in_structure()} to "
             f"{operator.out_structure()}. For least squares use `lx.LSMR` or `lx.Normal(...)`."
         )
-
-
-def is_symmetric(operator: lx.AbstractLinearOperator) -> bool:
-    """Whether a real operator is tagged symmetric or definite."""
-    return bool(
-        lx.is_symmetric(operator)
-        or lx.is_positive_semidefinite(operator)
-        or lx.is_negative_semidefinite(operator)
-    )
 
 
 def looks_symmetric(matvec: MatVec, like: PyTree[Array]) -> Bool[Array, ""]:
@@ -95,18 +88,22 @@ def check_tolerances(name: str, rtol: Any, atol: Any, max_steps: int | None) -> 
     for label, value in (("rtol", rtol), ("atol", atol)):
         if isinstance(value, int | float) and not value >= 0:
             raise ValueError(f"`{label}` of `{name}` must be at least 0, got {value}.")
+    if isinstance(rtol, int | float) and rtol >= 1:
+        raise ValueError(f"`rtol` of `{name}` must be below 1, got {rtol}: x = 0 would be a solution.")
     if isinstance(rtol, int | float) and isinstance(atol, int | float) and rtol == 0 and atol == 0:
         raise ValueError(
             f"`{name}` needs `rtol` or `atol` above 0: no solve in floating point reaches residual 0."
         )
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"The step budget of `{name}` must be at least 1, got {max_steps}.")
+    if max_steps is not None and not (isinstance(max_steps, int) and max_steps >= 1):
+        raise ValueError(f"`max_steps` of `{name}` must be an integer of at least 1, got {max_steps}.")
 
 
 def tolerance(rtol: Scalar | float, atol: Scalar | float, vector: PyTree[Array]) -> Scalar:
-    """atol + rtol · ‖b‖, the residual norm at which a solve is done."""
+    """atol + rtol · ‖b‖, the residual norm at which a solve is done; NaN, which none meets, if ‖b‖ is infinite."""
     dtype = tree_dtype(vector)
-    return jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * tree_norm(vector)
+    size = tree_norm(vector)
+    wanted = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
+    return jnp.where(jnp.isfinite(size), wanted, jnp.nan)
 
 
 def start(vector: PyTree[Array], options: dict[str, Any]) -> PyTree[Array] | None:

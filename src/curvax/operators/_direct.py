@@ -3,10 +3,12 @@
 import lineax as lx
 
 from curvax.operators._block_diagonal import BlockDiagonal
+from curvax.operators._combination import ConvexCombination
 from curvax.operators._damped import Damped, inverse_part, is_square
 from curvax.operators._kronecker import Kronecker
 from curvax.operators._kronecker_sum import KroneckerSum
 from curvax.operators._parts import untagged
+from curvax.operators._sketched import Sketched
 from curvax.operators._structured import AbstractStructuredOperator, is_symmetric
 from curvax.operators._toeplitz import Toeplitz
 
@@ -44,6 +46,10 @@ def _pays(operator: lx.AbstractLinearOperator) -> bool:
         return all(is_square(block) and _pays(block) for block in part.parts)
     if isinstance(part, Toeplitz):
         return part.in_size() <= _TOEPLITZ
+    if isinstance(part, ConvexCombination):
+        return part.has_inverse and _pays(part.operators[0])
+    if isinstance(part, Sketched):
+        return False
     if isinstance(part, (AbstractStructuredOperator, *_BANDED)):
         return True
     return operator.in_size() <= (_DENSE if isinstance(part, lx.MatrixLinearOperator) else _PRODUCTS)
@@ -58,5 +64,9 @@ def _pays_damped(operator: lx.AbstractLinearOperator) -> bool:
         return len(part.terms) == 1 and _pays_damped(part.terms[0])
     if isinstance(part, BlockDiagonal):
         return all(is_square(block) and _pays_damped(block) for block in part.parts)
+    if isinstance(part, ConvexCombination):
+        return part.has_inverse and _pays_damped(part.operators[0])
+    if isinstance(part, Sketched):
+        return True
     known = (AbstractStructuredOperator, lx.MatrixLinearOperator, *_BANDED)
     return isinstance(part, known) and _pays(part)

@@ -45,7 +45,7 @@ class GaussNewton(AbstractDerivativeOperator):
         return jax.grad(total)(outputs)
 
     def _mean(self, total: PyTree[Array]) -> PyTree[Array]:
-        return tree_scale(1 / _num_examples(self.inputs), total)
+        return tree_scale(1 / num_examples(self.inputs), total)
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         """G v: forward through the model, the loss's Hessian, back through the model."""
@@ -78,11 +78,13 @@ class GaussNewton(AbstractDerivativeOperator):
         return structure(self.params)
 
 
-def _num_examples(inputs: PyTree[Array]) -> int:
+def num_examples(inputs: PyTree[Array]) -> int:
+    """N: the size of the leading axis."""
     return jax.tree.leaves(inputs)[0].shape[0]
 
 
-def _check_examples(inputs: PyTree[Array], targets: PyTree[Array]) -> None:
+def check_examples(inputs: PyTree[Array], targets: PyTree[Array]) -> None:
+    """Raise unless inputs and targets share one leading axis."""
     shapes = {
         name: [leaf.shape for leaf in jax.tree.leaves(tree)]
         for name, tree in (("inputs", inputs), ("targets", targets))
@@ -151,7 +153,7 @@ def gauss_newton(
     """
     dynamic, rest = split("params", params)
     inputs, targets = as_arrays((inputs, targets))
-    _check_examples(inputs, targets)
+    check_examples(inputs, targets)
     whole = eqx.combine(dynamic, rest)
     x, y = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (inputs, targets))
     model_fn = capture(model_fn, whole, x)

@@ -9,6 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Float, Scalar
 
 from curvax.operators._base import as_tags
+from curvax.operators._damped import check_damping, damped_part
 from curvax.operators._parts import (
     EXACT,
     check_symmetric,
@@ -18,6 +19,7 @@ from curvax.operators._parts import (
     power_of,
     tags_of,
     trace_of,
+    untagged,
 )
 from curvax.operators._structured import AbstractStructuredOperator, as_operator
 
@@ -106,12 +108,30 @@ class Kronecker(AbstractStructuredOperator):
         """A ⊗ B + damping · I in the joint eigenbasis, for symmetric factors."""
         return self.eigen().damped(damping)
 
+    def damped_factors(self, damping: Scalar | float) -> "Kronecker":
+        """(A + π√damping I) ⊗ (B + √damping/π I), π² = (tr A / m) / (tr B / n), for positive semidefinite factors.
+
+        Not `damped`: it is larger by π√damping I ⊗ B + A ⊗ √damping/π I, and its inverse needs no eigenvectors.
+
+        Args:
+            damping: A scalar ≥ 0, in the units of the eigenvalues of A ⊗ B.
+
+        Source: J. Martens and R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
+            2015, arXiv 1503.05671, section 6.3.
+        """
+        check_damping(damping)
+        _check_square(self)
+        left, right = trace_of(self.left) / self.left.in_size(), trace_of(self.right) / self.right.in_size()
+        ratio = jnp.sqrt(jnp.where((left > 0) & (right > 0), left / right, 1))
+        root = jnp.sqrt(jnp.asarray(damping, ratio.dtype))
+        return Kronecker(damped_part(self.left, ratio * root), damped_part(self.right, root / ratio))
+
     def eigen(self) -> "EigenKronecker":
         """The same matrix in its eigenbasis, for symmetric factors."""
         check_symmetric(self.left, "The eigenbasis of `Kronecker`")
         check_symmetric(self.right, "The eigenbasis of `Kronecker`")
-        left, left_values = eigen_of(self.left)
-        right, right_values = eigen_of(self.right)
+        left, left_values = _eigen_factor(self.left)
+        right, right_values = _eigen_factor(self.right)
         return EigenKronecker(left, right, jnp.outer(left_values, right_values), tags_of(self))
 
     def trace(self) -> Scalar:
@@ -136,8 +156,8 @@ class EigenKronecker(AbstractStructuredOperator):
     A Kronecker product of symmetric factors has S = λ(A) λ(B)ᵀ; damping adds to S, and EKFAC replaces it.
 
     Args:
-        left: U, orthonormal columns.
-        right: V, orthonormal columns.
+        left: U, orthonormal columns; None for the identity.
+        right: V, likewise.
         values: S, the eigenvalues.
         tags: Lineax tags that you know to hold; symmetry is always tagged.
 
@@ -155,20 +175,21 @@ class EigenKronecker(AbstractStructuredOperator):
         arXiv 1806.03884.
     """
 
-    left: Float[Array, "m m"]
-    right: Float[Array, "n n"]
+    left: Float[Array, "m m"] | None
+    right: Float[Array, "n n"] | None
     values: Float[Array, "m n"]
     tags: frozenset[object] = eqx.field(static=True)
 
     def __init__(
         self,
-        left: Float[Array, "m m"],
-        right: Float[Array, "n n"],
+        left: Float[Array, "m m"] | None,
+        right: Float[Array, "n n"] | None,
         values: Float[Array, "m n"],
         tags: object | Iterable[object] = (),
     ) -> None:
-        shapes = left.shape, right.shape, values.shape
-        if shapes != ((values.shape[0],) * 2, (values.shape[-1],) * 2, values.shape) or values.ndim != 2:
+        whole = (values.shape[0],) * 2, (values.shape[-1],) * 2, values.shape
+        shapes = left is None or left.shape, right is None or right.shape, values.shape
+        if any(a not in (b, True) for a, b in zip(shapes, whole, strict=True)) or values.ndim != 2:
             raise ValueError(
                 "`EigenKronecker` needs `left` (m, m), `right` (n, n) and `values` (m, n), found the shapes "
                 f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
@@ -215,18 +236,44 @@ class EigenKronecker(AbstractStructuredOperator):
 
     def diagonal(self) -> Float[Array, " mn"]:
         """(U∘U) S (V∘V)ᵀ, raveled."""
-        return jnp.linalg.multi_dot([self.left**2, self.values, (self.right**2).T], precision=EXACT).ravel()
+        squares = [None if basis is None else basis**2 for basis in (self.left, self.right)]
+        return _sandwich(squares[0], self.values, squares[1]).ravel()
 
 
 def congruence(
-    left: Float[Array, "m m"],
-    right: Float[Array, "n n"],
+    left: Float[Array, "m m"] | None,
+    right: Float[Array, "n n"] | None,
     values: Float[Array, "m n"],
     vector: Float[Array, "m n"],
 ) -> Float[Array, "m n"]:
-    """(P ⊗ Q) diag(S) (P ⊗ Q)ᵀ V, for any square P and Q."""
-    inside = jnp.linalg.multi_dot([left.T, vector, right], precision=EXACT)
-    return jnp.linalg.multi_dot([left, values * inside, right.T], precision=EXACT)
+    """(P ⊗ Q) diag(S) (P ⊗ Q)ᵀ V, for any square P and Q; None is the identity."""
+    turned = [None if basis is None else basis.T for basis in (left, right)]
+    inside = _sandwich(turned[0], vector, turned[1])
+    return _sandwich(left, values * inside, right)
+
+
+def _sandwich(
+    left: Float[Array, "p m"] | None, vector: Float[Array, "m n"], right: Float[Array, "q n"] | None
+) -> Float[Array, "p q"]:
+    """P V Qᵀ."""
+    if left is not None and right is not None:
+        return jnp.linalg.multi_dot([left, vector, right.T], precision=EXACT)
+    if left is not None:
+        return jnp.matmul(left, vector, precision=EXACT)
+    return vector if right is None else jnp.matmul(vector, right.T, precision=EXACT)
+
+
+def _eigen_factor(operator: lx.AbstractLinearOperator) -> tuple[Array | None, Array]:
+    """`eigen_of`, but no eigenvectors of a diagonal: they are the unit vectors."""
+    inner = untagged(operator)
+    if not isinstance(inner, lx.DiagonalLinearOperator):
+        return eigen_of(operator)
+    values = lx.diagonal(inner)
+    if lx.is_positive_semidefinite(operator):
+        values = jnp.maximum(values, 0)
+    if lx.is_negative_semidefinite(operator):
+        values = jnp.minimum(values, 0)
+    return None, values
 
 
 def _common_tags(left: frozenset[object], right: frozenset[object]) -> frozenset[object]:

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Scalar
 from curvax.operators._base import as_tags
 from curvax.operators._dense import dense_matrix
 from curvax.operators._dispatch import register
-from curvax.operators._factorisation import written_out
 from curvax.operators._kronecker import Kronecker, congruence
 from curvax.operators._parts import EXACT, tags_of
 from curvax.operators._structured import AbstractStructuredOperator, is_symmetric
+from curvax.operators._written_out import written_out
 
 _PSD = lx.positive_semidefinite_tag
 

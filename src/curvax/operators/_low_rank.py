@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from curvax._pytree import tree_add
 from curvax.operators._base import as_arrays, as_tags
 from curvax.operators._dense import structure_dtype
+from curvax.operators._low_rank_inverse import LowRankInverse
 from curvax.operators._parts import EXACT
 from curvax.operators._structured import AbstractStructuredOperator
 
@@ -34,12 +35,14 @@ class LowRankPlusDiagonal(AbstractStructuredOperator):
         ValueError: Structures, shapes or ranks do not fit; a leaf is not real floating-point; `power` of a D that is
             not d · I or of an operator that is not tagged positive semidefinite.
 
-    Cost: a product 4nr multiplications; `inverse` nr² + r³ (Woodbury), again of this class; `logdet` likewise, `trace`
-        and `diagonal` nr; memory 2nr.
+    Cost: a product 4nr multiplications; `inverse` nr² + r³, 4nr² for a scalar D without `right`; `logdet` nr² + r³,
+        `trace` and `diagonal` nr; memory 2nr.
 
-    The inverse is D⁻¹ − D⁻¹U (I + VᵀD⁻¹U)⁻¹ VᵀD⁻¹. The r × r matrix is singular exactly when the operator is, and the
-    result is then infinite or NaN; so it is where D has a zero: damp it. Accuracy is lost when UVᵀ is very much
-    larger than D: an error of about ε ‖UVᵀ‖/min D.
+    The inverse is D⁻¹ − D⁻¹U (I + VᵀD⁻¹U)⁻¹ VᵀD⁻¹ (Woodbury), again of this class. The r × r matrix is singular exactly
+    when the operator is, and the result is then infinite or NaN; so it is where D has a zero: damp it. Digits are lost
+    where UVᵀ is very much larger than D: a relative error of about ε ‖UVᵀ‖/min D, so that in float32 none is left at
+    1e7. For a scalar D without `right` the inverse is taken in the basis of the eigenvectors instead, and keeps them
+    all; its `trace`, `diagonal` and `damped`, and `power`, do not.
 
     Example:
         ```python
@@ -93,7 +96,11 @@ class LowRankPlusDiagonal(AbstractStructuredOperator):
         """That of the vectors."""
         return self.in_structure()
 
-    def inverse(self) -> "LowRankPlusDiagonal":
+    def inverse(self) -> "LowRankPlusDiagonal | LowRankInverse":
+        """A⁻¹, in its eigenbasis where D is a scalar and `right` left out, else by Woodbury's identity."""
+        return LowRankInverse(self) if self._has_eigenbasis else self.woodbury()
+
+    def woodbury(self) -> "LowRankPlusDiagonal":
         """D⁻¹ − (D⁻¹U C⁻¹)(D⁻¹V)ᵀ, C = I + VᵀD⁻¹U."""
         inverse_diagonal = jax.tree.map(lambda d: 1 / d, self.diagonal_part)
         scaled, core = self._core(inverse_diagonal)
@@ -104,9 +111,7 @@ class LowRankPlusDiagonal(AbstractStructuredOperator):
 
     def power(self, exponent: float) -> "LowRankPlusDiagonal":
         """(d · I + U Uᵀ) to a real power, for a scalar D and a positive semidefinite operator."""
-        scalar = isinstance(self.diagonal_part, jax.Array) and self.diagonal_part.ndim == 0
-        definite = lx.is_positive_semidefinite(self) and self.right is None
-        if not scalar or not definite:
+        if not (self._has_eigenbasis and lx.is_positive_semidefinite(self)):
             raise ValueError(
                 f"power({exponent}) of `LowRankPlusDiagonal` needs a scalar `diagonal`, no `right`, and the tag "
                 "`lx.positive_semidefinite_tag`."
@@ -146,6 +151,12 @@ class LowRankPlusDiagonal(AbstractStructuredOperator):
         )
         leaves = jax.tree.leaves(parts)
         return self._full_diagonal() + (jnp.concatenate(leaves) if leaves else jnp.zeros(0, self._dtype))
+
+    @property
+    def _has_eigenbasis(self) -> bool:
+        """d · I + U Uᵀ, with the eigenvectors of U Uᵀ."""
+        scalar = isinstance(self.diagonal_part, jax.Array) and self.diagonal_part.ndim == 0
+        return scalar and self.right is None
 
     @property
     def _other(self) -> PyTree[Array]:

@@ -9,8 +9,8 @@ import lineax as lx
 from jaxtyping import Array, Float, Scalar
 
 from curvax.operators._dispatch import register
-from curvax.operators._factorisation import written_out
 from curvax.operators._structured import AbstractStructuredOperator, check_power, is_symmetric
+from curvax.operators._written_out import written_out
 
 EXACT = jax.lax.Precision.HIGHEST
 

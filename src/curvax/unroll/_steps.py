@@ -1,33 +1,39 @@
-"""Inner solver: a fixed number of steps of an Optax optimiser."""
+"""Inner solver: steps of an Optax optimiser."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, PyTree
-
-from curvax._contractions import with_fast_contractions
+from jaxtyping import Array, Float, Int, PyTree
 
 
 class Steps(eqx.Module):
     """`num_steps` steps of an Optax optimiser on the inner loss, from the start that the caller gives.
 
     Args:
-        optimizer: An `optax.GradientTransformation`, or a function phi -> transformation where the optimiser's own
-            settings are hyperparameters: `cx.Steps(lambda phi: optax.sgd(phi["lr"]), 100)`. Such settings act
-            through the path, so only `cx.Unrolled()` sees them.
-        num_steps: Number of steps, at least 1.
+        optimizer: An `optax.GradientTransformation`, with whatever state. Or a function phi -> transformation where
+            the optimiser's own settings are hyperparameters, `cx.Steps(lambda phi: optax.adam(phi["lr"]), 100)`; or a
+            function (phi, step) -> transformation where they differ from step to step,
+            `cx.Steps(lambda phi, step: optax.sgd(phi["lr"][step], phi["momentum"][step]), 100)`, with the number of
+            the step, from 0, as an integer array. Such settings act through the path: only rules that follow it see
+            them (`cx.Unrolled()`).
+        num_steps: Number of steps, at least 1; at most so many where there is a `tolerance`.
+        tolerance: Stop after the first step that starts from an inner gradient of at most this norm. None: never.
+            It asks for nothing: a path that does not get there ends after `num_steps`.
 
-    With data given as a sampler every step draws its own batch.
+    With data given as a sampler every step draws its own batch. `value=`, `grad=` and `value_fn=` are handed to the
+    optimiser. Its square roots have the derivative 0 at 0, so that parameters whose gradient is always zero leave
+    the hypergradients of Adam finite, and exact.
 
     Raises:
-        ValueError: `num_steps` is not a positive integer.
+        ValueError: `num_steps` is not a positive integer, or `tolerance` is negative.
         TypeError: `optimizer` is neither a transformation nor a function.
 
-    Cost: one inner gradient and one optimiser update a step.
+    Cost: one inner gradient and one optimiser update a step, and the value of the loss where the optimiser uses it.
 
     Example:
         ```python
@@ -37,8 +43,9 @@ class Steps(eqx.Module):
         ```
     """
 
-    optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
+    optimizer: optax.GradientTransformation | Callable[..., optax.GradientTransformation]
     num_steps: int = eqx.field(static=True)
+    tolerance: Float[Array, ""] | float | None = None
 
     def __check_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
@@ -51,6 +58,15 @@ class Steps(eqx.Module):
                 f"got {type(self.optimizer).__name__}."
             )
 
+        if self.tolerance is not None and (
+            isinstance(self.tolerance, bool | str)
+            or jnp.ndim(self.tolerance)
+            or not _nonnegative(self.tolerance)
+        ):
+            raise ValueError(
+                f"`tolerance` of `Steps` must be None or a number of at least 0, got {self.tolerance!r}."
+            )
+
         is_function = not isinstance(self.optimizer, optax.GradientTransformation)
         if is_function and (getattr(self.optimizer, "__module__", None) or "").startswith("optax"):
             name = getattr(self.optimizer, "__name__", "adam")
@@ -59,11 +75,11 @@ class Steps(eqx.Module):
                 f"write `lambda phi: optax.{name}(phi[...])` where its settings are hyperparameters."
             )
 
-    def transformation(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
-        """The optimiser at these hyperparameters."""
+    def transformation(self, phi: PyTree, count: Int[Array, ""]) -> optax.GradientTransformationExtraArgs:
+        """The optimiser at these hyperparameters, in the step of this number."""
         optimizer: Any = self.optimizer
         if not isinstance(optimizer, optax.GradientTransformation):
-            optimizer = optimizer(phi)
+            optimizer = optimizer(phi, count) if _takes_two(optimizer) else optimizer(phi)
             if not isinstance(optimizer, optax.GradientTransformation):
                 raise TypeError(
                     "`optimizer` of `Steps` was called with phi and must return an optax.GradientTransformation, got "
@@ -71,47 +87,17 @@ class Steps(eqx.Module):
                 )
         return optax.with_extra_args_support(optimizer)
 
-    def run(
-        self,
-        loss: Callable[[PyTree[Array], PyTree], Array],
-        theta: PyTree[Array],
-        transformation: optax.GradientTransformationExtraArgs,
-        batch: Callable[[Array | None], PyTree],
-        key: Array | None,
-    ) -> PyTree[Array]:
-        """θ after all steps.
 
-        Args:
-            loss: (theta, batch) -> scalar.
-            theta: Start; inexact arrays.
-            transformation: What `self.transformation(phi)` returned.
-            batch: key ↦ the batch of one step.
-            key: Random key split over the steps, or None where nothing is drawn.
-        """
-
-        def step(
-            carry: tuple[PyTree[Array], Any], step_key: Array | None
-        ) -> tuple[tuple[PyTree[Array], Any], None]:
-            point, state = carry
-            data = batch(step_key)
-            # The data may hold more than arrays, which a trace would not leave as they are.
-            gradient = with_fast_contractions(lambda p: jax.value_and_grad(loss)(p, data))
-            value, grad = gradient(point)
-            updates, state = transformation.update(
-                grad, state, point, value=value, grad=grad, value_fn=lambda p: loss(p, data)
-            )
-            # Optax promotes scalars of another dtype: keep the carry's.
-            moved = jax.tree.map(lambda p, u: p + u.astype(p.dtype), point, updates)
-            return (moved, state), None
-
-        init = (theta, jax.tree.map(jnp.asarray, transformation.init(theta)))
-        init = _stable_carry(step, init, None if key is None else key)
-        keys = None if key is None else jax.random.split(key, self.num_steps)
-        (theta, _), _ = jax.lax.scan(step, init, keys, length=self.num_steps)
-        return theta
+def _nonnegative(value: Any) -> bool:
+    known = isinstance(value, int | float | np.ndarray | np.generic)
+    return not known or float(value) >= 0
 
 
-def _stable_carry(step: Callable, init: Any, key: Array | None) -> Any:
-    """The start of the scan in the dtypes that a step returns (a schedule may widen an optimiser's state)."""
-    after, _ = jax.eval_shape(step, init, key)
-    return jax.tree.map(lambda a, b: a.astype(b.dtype) if a.dtype != b.dtype else a, init, after)
+def _takes_two(fn: Callable) -> bool:
+    """Whether a function has two positional arguments without a default."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters) == 2

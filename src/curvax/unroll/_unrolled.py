@@ -1,24 +1,74 @@
-"""Derivative of the path: reverse mode through the steps of the inner solver."""
+"""Derivative of the path: through the steps of the inner solver."""
+
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import optax
+from jaxtyping import Array, Float, PyTree
 
-from curvax._pytree import tree_all_finite, tree_dtype, tree_norm, tree_zeros_like
-from curvax._results import RESULTS
-from curvax.implicit._rule import AbstractRule, Outcome, State, Stats, Task
+from curvax.implicit._rule import AbstractRule, Outcome, State, Task
+from curvax.unroll._forward import Drawn, by_tangents
+from curvax.unroll._outcome import check_rollout, extrapolated, outcome, unseen_leaves
+from curvax.unroll._path import follow
+from curvax.unroll._path_stats import PathStats
+from curvax.unroll._plan import Method, choose
+from curvax.unroll._reverse import Followed, by_adjoint, tail
+from curvax.unroll._rollout import Rollout
+from curvax.unroll._schedule import MemoryBudget, check_checkpoint
+from curvax.unroll._step import Step, Walk
+
+MODES = ("auto", "reverse", "mixed", "forward")
+
+# Folded into the key for the directions, so that they are not drawn from the numbers that the data are drawn from.
+DIRECTIONS = 0x64697273
 
 
 class Unrolled(AbstractRule):
-    """Derivative of the outer loss through every step of `cx.Steps`, by reverse mode.
+    r"""Derivative of the outer loss through every step of `cx.Steps`.
 
     Exact, up to rounding, for the point that the steps reach, solved or not. That is what is wanted when
-    hyperparameters act through the path (learning rates, starts, schedules, few steps). As an approximation of
+    hyperparameters act through the path (learning rates, schedules, few steps). As an approximation of
     the derivative at the solution it lags the iterate: with a linear rate q the error is O(K qᴷ) after K steps,
     one factor K more than the error of θ. No error against the solution is estimated (the statistics hold NaN).
 
-    Cost: about three times the inner run, and the memory of K steps.
+    With Φ the step, A_i = ∂Φ/∂θ_i and B_i = ∂Φ/∂φ,
+
+        df/dφ = ∂f/∂φ + Σ_i B_iᵀ λ_(i+1),   λ_n = ∂f/∂θ_n,   λ_i = A_iᵀ λ_(i+1).
+
+    `hg.stats.path` (`cx.unroll.PathStats`) tells which mode and schedule were used and why, and ‖λ_i‖ along the path.
+
+    Args:
+        mode: How the step is differentiated. "reverse": as JAX does. "mixed": of the inner gradient only products of
+            forward over reverse mode are taken, never reverse over reverse, so that no second-order graph is stored;
+            what else the step does, and the model's own `jax.checkpoint`, is differentiated as ever. The loss must be
+            free of `jax.custom_vjp`, and a `jax.custom_jvp` in it must be the derivative of a function, since mixed
+            derivatives are taken to commute. "forward": one tangent for each number in φ, several at a time, and
+            nothing of the path is stored. "auto": what `cx.unroll.cost` takes for the fastest, forward
+            mode for a single hyperparameter, else mixed mode; reverse mode where the loss has a `jax.custom_vjp`.
+        checkpoint: What reverse and mixed mode store of the path. "none": every state (in reverse mode the whole tape
+            of every step). "sqrt": two nested loops, about 2√T states, and the path is computed once more. "binomial":
+            up to five nested loops, the fewest states that they can do with: k levels store about k·T^(1/k) states
+            and compute the path k − 1 more times. `cx.MemoryBudget(num_bytes)`: the fastest that fits.
+        truncate: Differentiate the last so many steps only. The bias against the whole path is estimated by
+            extrapolating what the steps contribute, and is what `error_estimate` and `relative_error` say (not in
+            forward mode). An extrapolation: where parts of the path decay at very different rates, it sees the fast
+            ones first.
+        clip: An Optax transformation without state that the adjoint goes through at every step, as
+            `optax.clip_by_global_norm(1.0)`, `optax.clip(1.0)` or `optax.adaptive_grad_clip(0.1)`. What comes out is no
+            derivative any more wherever it acts (`hg.stats.path.num_clipped`). Not in forward mode.
+        directions: In forward mode, so many random directions in place of one tangent for each number in φ: what goes
+            through the path becomes an unbiased estimate, with a relative error of about √(m/directions) for m numbers,
+            which `error_estimate` says. Needs a `key`.
+
+    Raises:
+        ValueError: An option is none of those above, or two of them exclude each other. When it is used: the solver is
+            not `cx.Steps`, or nothing fits the memory budget.
+
+    Cost: T steps; about 2.7 inner gradients a step in mixed mode and one more for every further level, 1 + 1.1 m in
+        forward mode for m hyperparameters. Memory: the stored states and the working set of one step.
+        `cx.unroll.cost` predicts both.
 
     Example:
         ```python
@@ -31,52 +81,173 @@ class Unrolled(AbstractRule):
         hg = cx.hypergradient(
             problem, {"lr": jnp.array(0.1)}, jnp.ones(3), inner_solver=solver, rule=cx.Unrolled()
         )
+        hg.stats.path.mode  # "forward": there is one hyperparameter
         ```
 
     Source: D. Maclaurin, D. Duvenaud, R. Adams, "Gradient-based hyperparameter optimization through reversible
-        learning", 2015, arXiv 1502.03492; L. Franceschi et al., 2017, arXiv 1703.01785.
+        learning", 2015, arXiv 1502.03492; L. Franceschi et al., "Forward and reverse gradient-based hyperparameter
+        optimization", 2017, arXiv 1703.01785; A. Shaban et al., "Truncated back-propagation for bilevel
+        optimization", 2018, arXiv 1810.10667. Random directions: A. G. Baydin et al., "Gradients without
+        backpropagation", 2022, arXiv 2202.08587. Mixed mode: I. Kemaev et al., "Scalable meta-learning via mixed-mode
+        differentiation", 2025, arXiv 2505.00793; ours differentiates the gradient by one primitive that carries its
+        transpose, so that every nested derivative exists. Binomial checkpointing is A. Griewank and A. Walther's
+        "Algorithm 799: revolve", ACM TOMS 26, 2000; ours nests uniform loops: a compiled program would reserve the
+        largest of the unequal blocks for all of them.
     """
+
+    mode: str = eqx.field(static=True, default="auto")
+    checkpoint: str | MemoryBudget = eqx.field(static=True, default="none")
+    truncate: int | None = eqx.field(static=True, default=None)
+    clip: optax.GradientTransformation | None = None
+    directions: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"`mode` of `Unrolled` must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        check_checkpoint(self.checkpoint)
+        truncate = self.truncate
+        if truncate is not None and not _is_count(truncate):
+            raise ValueError(
+                f"`truncate` of `Unrolled` must be None or an integer of at least 1, got {truncate!r}."
+            )
+        if self.directions is not None and not _is_count(self.directions):
+            raise ValueError(
+                f"`directions` of `Unrolled` must be None or an integer of at least 1, got {self.directions!r}."
+            )
+        if self.directions is not None and self.mode != "forward":
+            raise ValueError('`directions` of `Unrolled` are those of `mode="forward"`: ask for it as well.')
+        if self.mode == "forward" and self.checkpoint in ("sqrt", "binomial"):
+            raise ValueError(
+                f'`checkpoint="{self.checkpoint}"` of `Unrolled` has no use with `mode="forward"`, which stores '
+                "nothing of the path. Leave one of them out."
+            )
+        if self.clip is not None and not isinstance(self.clip, optax.GradientTransformation):
+            raise TypeError(
+                "`clip` of `Unrolled` must be an optax.GradientTransformation, as `optax.clip_by_global_norm(1.0)`, "
+                f"got {type(self.clip).__name__}."
+            )
+        if self.clip is not None and self.mode == "forward":
+            raise ValueError(
+                '`clip` of `Unrolled` acts on the adjoint, which `mode="forward"` has not. Use another mode.'
+            )
 
     def check(self, *, stochastic_steps: bool, has_rollout: bool) -> None:
         """Only steps can be unrolled."""
         del stochastic_steps
-        if not has_rollout:
-            raise ValueError(
-                "`rule=Unrolled()` differentiates through the steps of `inner_solver=cx.Steps(...)`, but another "
-                "solver was given. Use `cx.Steps` with an Optax optimiser, or `rule=cx.Implicit()`."
-            )
+        check_rollout("Unrolled", has_rollout)
 
     def hypergradient(self, task: Task, state: State) -> Outcome:
-        """One reverse pass through the steps."""
-        assert task.rollout is not None  # `check` has seen to it
-
-        def loss(phi: PyTree[Array]) -> tuple[Array, PyTree[Array]]:
-            theta = task.rollout(phi)  # type: ignore[misc]
-            return task.outer(theta, phi, task.outer_batch), theta
-
-        (value, theta), grad = jax.value_and_grad(loss, has_aux=True)(task.phi)
-        dtype = tree_dtype((task.theta0, task.phi))
-        nan = jnp.asarray(jnp.nan, dtype)
-        finite = jnp.isfinite(value) & tree_all_finite((theta, grad))
-        residual = tree_norm(task.condition.residual(theta, task.phi, task.inner_batch))
-        stats = Stats(
-            inner_residual=residual.astype(dtype),
-            adjoint_residual=nan,
-            error_estimate=nan,
-            relative_error=nan,
-            num_matvecs=jnp.zeros((), jnp.int32),
-            num_sweeps=jnp.zeros((), jnp.int32),
-            num_inner_steps=jnp.asarray(task.num_steps, jnp.int32),
-            curvature_min=nan,
-            curvature_max=nan,
+        """The derivative of the path, reported and never raised."""
+        rollout: Any = task.rollout
+        outer = lambda theta, phi: task.outer(theta, phi, task.outer_batch)
+        step, walk = rollout.step(task.phi)
+        truncate = self._truncated(rollout)
+        clip = self._clip(walk.theta)
+        method, reason = self._method(rollout, step, walk, outer)
+        if method.mode == "forward":
+            drawn = self._drawn(task, state, step, walk)
+            found = by_tangents(
+                rollout, step, walk, outer, truncate=truncate, chunk=method.chunk, drawn=drawn
+            )
+        else:
+            moded = step.in_mixed_mode() if method.mode == "mixed" else step
+            found = by_adjoint(
+                rollout, moded, walk, outer, lengths=method.lengths, truncate=truncate, clip=clip
+            )
+        path = PathStats(
+            mode=method.mode,
+            lengths=method.lengths,
+            reason=reason,
+            truncate=truncate,
+            num_steps=found.walk.taken,
+            gradient_norms=found.gradient_norms,
+            derivative_norms=found.derivative_norms,
+            num_clipped=found.num_clipped.astype(jnp.int32),
         )
-        return Outcome(
-            value=value.astype(dtype),
-            grad=grad,
-            theta=theta,
-            result=RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite),
-            stats=stats,
-            # The path starts where the user says, so that nothing is warm.
-            state=eqx.tree_at(lambda s: s.adjoint, state, tree_zeros_like(state.adjoint)),
-            no_influence=jax.tree.map(lambda _: jnp.asarray(False), task.phi),
+        bias = _bias(found, truncate) if found.spread is None else found.spread
+        return outcome(task, state, step, found, path, bias)
+
+    def solution(self, rollout: Rollout, phi: PyTree[Array]) -> PyTree[Array]:
+        """θ at the end of the path, to be differentiated by JAX in whatever way; for `cx.solution_map`."""
+        if self.mode == "forward":
+            raise ValueError(
+                '`mode="forward"` of `Unrolled` is for `hypergradient`: a solution map is differentiated in the mode '
+                "that you call. Leave `mode` out and use `jax.jvp` or `jax.jacfwd`, which store nothing of the path."
+            )
+        if self.clip is not None:
+            raise ValueError(
+                "`clip` of `Unrolled` is for `hypergradient`: a solution map has the derivatives of the function that "
+                "it computes. Leave it out."
+            )
+        total, truncate = rollout.steps.num_steps, self._truncated(rollout)
+        step, walk = rollout.step(phi)
+        method, _ = self._method(rollout, step, walk, None)
+        step = step.in_mixed_mode() if method.mode == "mixed" else step
+        start = tail(step, walk, total, truncate)
+        end, _ = follow(
+            lambda _: step, start.walk, start.num_steps, total, method.lengths, keep_gradient=step.mixed
         )
+        return end.theta
+
+    def _truncated(self, rollout: Rollout) -> int | None:
+        """As asked for, None where that is the whole path."""
+        return None if self.truncate is None or self.truncate >= rollout.steps.num_steps else self.truncate
+
+    def _method(self, rollout: Rollout, step: Step, walk: Walk, outer: Any) -> tuple[Method, str]:
+        num_steps = self._truncated(rollout) or rollout.steps.num_steps
+        with_forward = outer is not None and self.clip is None
+        return choose(
+            self.mode,
+            self.checkpoint,
+            step,
+            walk,
+            num_steps,
+            outer,
+            with_forward=with_forward,
+            directions=self.directions,
+        )
+
+    def _drawn(self, task: Task, state: State, step: Step, walk: Walk) -> Drawn | None:
+        """The random directions, if they are wanted."""
+        if self.directions is None:
+            return None
+        if state.key is None:
+            raise ValueError(
+                "`directions` of `Unrolled` are drawn at random: pass `key=jax.random.key(0)` to `hypergradient`."
+            )
+        key = jax.random.fold_in(state.key, DIRECTIONS)
+        return Drawn(self.directions, key, unseen_leaves(task, step, walk))
+
+    def _clip(self, theta: PyTree[Array]) -> optax.GradientTransformationExtraArgs | None:
+        """The clipping, refused if it has a state."""
+        if self.clip is None:
+            return None
+        if jax.tree.leaves(jax.eval_shape(self.clip.init, theta)):
+            raise ValueError(
+                "`clip` of `Unrolled` must be an optax transformation without state, as "
+                "`optax.clip_by_global_norm(1.0)`: it sees the adjoints of the steps one by one, from the last to the "
+                "first."
+            )
+        return optax.with_extra_args_support(self.clip)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _bias(found: Followed, truncate: int | None) -> Float[Array, ""] | None:
+    """What the steps that were not differentiated would add, if the contributions went on changing as they did.
+
+    From the largest contribution of each half of the differentiated steps (momentum makes them oscillate), and of a
+    single step from the change of the adjoint. What grew is taken to stay as it is.
+    """
+    norms, shares = found.derivative_norms, found.shares
+    if truncate is None or shares is None:
+        return None
+    count, half = found.walk.taken, max(1, truncate // 2)
+    first = jnp.max(shares[:half])
+    if truncate > 1:
+        change = (first / jnp.max(shares[half:])) ** (1 / half)
+    else:
+        change = norms[count - 1] / norms[count]
+    return extrapolated(first, jnp.minimum(change, 1), jnp.maximum(count - truncate, 0))
