@@ -40,17 +40,38 @@ class Estimate(eqx.Module):
 
 
 def over_probes(
-    samples: Float[Array, " p"], size: Float[Array, ""], truncation: Float[Array, ""] | None = None
+    rule: Rule,
+    fn: Callable[[Array], Array],
+    size: Float[Array, ""],
+    truncation: Float[Array, ""] | None = None,
 ) -> Estimate:
-    """The trace from its samples: n times their mean, n times its standard error."""
+    """tr f(A), n times the mean of vᵀ f(A) v over the probes, and its standard error."""
+    values = fn(rule.nodes)
+    mean, error = _mean_over_probes(values, rule.first**2, size)
+    truncation = jnp.zeros_like(error) if truncation is None else truncation
+    return Estimate(size * mean, size * error, size * truncation)
+
+
+def _mean_over_probes(
+    values: Float[Array, "p m"], weights: Float[Array, "p m"], size: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The mean of Σ weights · values over the probes and its standard error.
+
+    For v uniform on the sphere vᵀFv has the variance 2/(n + 2) · (tr F²/n − (tr F/n)²), and the rules know tr F² too.
+    Where few eigenvalues dominate, that is far steadier than the spread of a few probes, which then are all small by
+    chance too often; the larger one is taken, since a rule sees less of F² than of F.
+    """
+    samples = jnp.sum(weights * values, axis=1)
     count = samples.size
-    spread = jnp.std(samples, ddof=1) if count > 1 else jnp.zeros((), samples.dtype)
-    truncation = jnp.zeros_like(spread) if truncation is None else truncation
-    return Estimate(size * jnp.mean(samples), size * spread / count**0.5, size * truncation)
+    mean = jnp.mean(samples)
+    if count == 1:
+        return mean, jnp.zeros_like(mean)
+    variance = 2 / (size + 2) * jnp.mean(jnp.sum(weights * (values - mean) ** 2, axis=1))
+    return mean, jnp.sqrt(jnp.maximum(variance, jnp.var(samples, ddof=1)) / count)
 
 
-def below_zero(rule: Rule, rounding: Float[Array, ""]) -> tuple[Float[Array, " p"], Float[Array, ""]]:
-    """Weight of the eigenvalues below −`rounding`, and a bound on its truncation error, averaged over the probes.
+def weight_at_zero(rule: Rule, rounding: Float[Array, ""]) -> Float[Array, ""]:
+    """Bound on the truncation error of the weight of the eigenvalues below −`rounding`, averaged over the probes.
 
     With a node at 0, the weights of the nodes left of it sum to at most the measure of (−∞, 0), and together with
     that of the node to at least it (Chebyshev, Markov and Stieltjes): the weight at 0, which falls geometrically with
@@ -63,7 +84,7 @@ def below_zero(rule: Rule, rounding: Float[Array, ""]) -> tuple[Float[Array, " p
     least = jnp.sum(jnp.where(position < middle, weights, 0), axis=1)
     most = least + jnp.sum(jnp.where(position == middle, weights, 0), axis=1)
     bound = jnp.maximum(jnp.abs(gaussian - least), jnp.abs(most - gaussian))
-    return gaussian, jnp.mean(jnp.where(_is_exact(rule), 0, bound))
+    return jnp.mean(jnp.where(_is_exact(rule), 0, bound))
 
 
 def _is_exact(rule: Rule) -> Bool[Array, " p"]:
@@ -89,19 +110,18 @@ def one_signed_truncation(
 
 
 def smooth(
-    rule: Rule, points: Float[Array, " g"], width: Float[Array, ""]
+    rule: Rule, points: Float[Array, " g"], width: Float[Array, ""], size: Float[Array, ""]
 ) -> tuple[Float[Array, " g"], Float[Array, " g"]]:
     """Density of the eigenvalues under a Gaussian kernel of standard deviation `width`, and its standard error."""
+    weights = rule.first**2
 
-    def one(probe: tuple[Array, Array]) -> Array:
-        nodes, first = probe
-        kernel = jnp.exp(-(((points[:, None] - nodes) / width) ** 2) / 2)
-        return jnp.sum(kernel * first**2, axis=1) / (width * (2 * jnp.pi) ** 0.5)
+    def one(point: Array) -> tuple[Array, Array]:
+        kernel = jnp.exp(-(((point - rule.nodes) / width) ** 2) / 2)
+        return _mean_over_probes(kernel, weights, size)
 
-    samples = jax.lax.map(one, (rule.nodes, rule.first))
-    count = samples.shape[0]
-    spread = jnp.std(samples, axis=0, ddof=1) if count > 1 else jnp.zeros_like(points)
-    return jnp.mean(samples, axis=0), spread / count**0.5
+    scale = width * (2 * jnp.pi) ** 0.5
+    density, error = jax.lax.map(one, points)
+    return density / scale, error / scale
 
 
 def kernel_truncation(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 from curvax._control import map_in_chunks
 from curvax._pytree import tree_dtype
 from curvax.diagnostics._krylov import coarsest_eps, flat_operator, symmetry_tolerance
-from curvax.diagnostics._quadrature import Estimate, below_zero, one_signed_truncation, over_probes
+from curvax.diagnostics._quadrature import Estimate, one_signed_truncation, over_probes, weight_at_zero
 from curvax.diagnostics._spectral_result import Spectrum
 from curvax.linear._quadrature import Rule, gauss, gauss_rule
 from curvax.operators._dense import matrix_by_columns
@@ -98,7 +98,7 @@ def _of_definite(
     slope = jnp.mean(gauss(shifted, inverse))
     bounds[0] = bounds[0] + rounding * jnp.mean(gauss(shifted, lambda x: inverse(x) ** 2))
     bounds[1] = bounds[1] + rounding * slope
-    counted = gauss(rule, lambda x: jnp.where(damping == 0, 1, x / safe(x + damping)))
+    counted = lambda x: jnp.where(damping == 0, 1, x / safe(x + damping))
     condition = jnp.where(
         jnp.abs(lowest) <= rounding, jnp.inf, jnp.where(definite, highest / lowest, jnp.nan)
     )
@@ -107,9 +107,9 @@ def _of_definite(
     only = lambda found: jax.tree.map(lambda x: jnp.where(definite, x, jnp.nan), found)
     return _Definite(
         Estimate(condition, jnp.zeros_like(condition), within),
-        only(over_probes(gauss(shifted, inverse), size, bounds[0])),
-        only(over_probes(gauss(shifted, log), size, bounds[1])),
-        only(over_probes(counted, size, jnp.where(damping == 0, 0, damping * bounds[0]))),
+        only(over_probes(shifted, inverse, size, bounds[0])),
+        only(over_probes(shifted, log, size, bounds[1])),
+        only(over_probes(rule, counted, size, jnp.where(damping == 0, 0, damping * bounds[0]))),
     )
 
 
@@ -137,17 +137,12 @@ def _estimate(measured, damping, size, *, eps, semidefinite, exact):
     first, last = jnp.argmin(nodes[:, 0]), jnp.argmax(nodes[:, -1])
     certain = lambda value, within: Estimate(value, jnp.zeros_like(value), within + rounding)
     ends = certain(nodes[first, 0], residuals[first, 0]), certain(nodes[last, -1], residuals[last, -1])
-    if exact:
-        negative, unresolved = (
-            jnp.mean((nodes < -rounding).astype(scale.dtype), axis=1),
-            jnp.zeros_like(scale),
-        )
-    else:
-        negative, unresolved = below_zero(rule, rounding)
-    if semidefinite:
-        unresolved = jnp.zeros_like(scale)
-    trace = over_probes(gauss(rule, lambda x: x), size)
-    of_all = _Estimates(*ends, trace, over_probes(negative, size, unresolved))
+    known = exact or semidefinite
+    unresolved = jnp.zeros_like(scale) if known else weight_at_zero(rule, rounding)
+    negative = lambda x: (x < -rounding).astype(x.dtype)
+    of_all = _Estimates(
+        *ends, over_probes(rule, lambda x: x, size), over_probes(rule, negative, size, unresolved)
+    )
     of_definite = _of_definite(rule, damping, ends, rounding, size, semidefinite=semidefinite, exact=exact)
     tolerance = symmetry_tolerance(eps)
     wrong = jnp.stack([
@@ -184,10 +179,10 @@ def spectrum(
 
         tr f(H) ≈ (n/p) Σ_probes Σ_k w_k f(θ_k)      (θ_k, w_k: nodes and weights of a probe)
 
-    Two errors are reported apart. The standard error over the probes falls as 1/√p, whatever the steps; with 8 probes
-    it is itself uncertain by a quarter. The truncation error falls geometrically with the steps and is bounded by a
-    Gauss–Radau rule, which errs to the other side. Both vanish up to `dense_size`, where the matrix is written out,
-    which takes no more products.
+    Two errors are reported apart. The standard error over the probes falls as 1/√p, whatever the steps; it is the
+    larger one of their spread and of what the variance of random unit vectors makes of tr f(H)². The truncation error
+    falls geometrically with the steps and is bounded by a Gauss–Radau rule, which errs to the other side. Both vanish
+    up to `dense_size`, where the matrix is written out, which takes no more products.
 
     Args:
         operator: H, a symmetric Lineax operator over any pytree of real arrays. The bounds with `damping` take for

@@ -125,7 +125,8 @@ def _density(found: Spectrum, points: Array | None, width: Array | None) -> Dens
     if points is None:
         low, high = low - _TAILS * width, high + _TAILS * width
         points = low + (high - low) * jnp.linspace(0, 1, _GRID, dtype=width.dtype)
-    values, error = smooth(Rule(found.nodes, found.weights**0.5, found.residuals), points, width)
+    rule = Rule(found.nodes, found.weights**0.5, found.residuals)
+    values, error = smooth(rule, points, width, jnp.asarray(found.size, width.dtype))
     half_range = (found.largest.value - found.smallest.value) / 2
     half_range = half_range + found.largest.truncation + found.smallest.truncation
     bound = kernel_truncation(half_range, width, found.nodes.shape[1])
