@@ -37,19 +37,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="also run what is marked `thorough`")
 
 
+# Two batched LAPACK calls at once wait for each other on two cores (docs/sharp-bits.md), unless XLA orders its program.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # Most programs of the suite run once or twice: a quarter of the time to compile, with XLA's older emitters of
-# CPU code and nothing optimised, counts more. XLA reads the variable once, and ends where it does not know a flag.
+# CPU code and nothing optimised, counts more.
 QUICK_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile quickly; with `--thorough` as users do."""
-    if config.getoption("--thorough"):
-        return
-    flags = os.environ.get("XLA_FLAGS", "")
-    if QUICK_EMITTERS not in flags and jax.__version_info__ < (0, 12):
-        os.environ["XLA_FLAGS"] = f"{flags} {QUICK_EMITTERS}".strip()
-    if jax.default_backend() == "cpu":
+    quick = not config.getoption("--thorough")
+    # XLA reads the variable once, and ends where it does not know a flag.
+    if jax.__version_info__ < (0, 12):
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        wanted = [IN_ORDER, QUICK_EMITTERS] if quick else [IN_ORDER]
+        os.environ["XLA_FLAGS"] = " ".join(flags + [flag for flag in wanted if flag not in flags])
+    if quick and jax.default_backend() == "cpu":
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # processes that tests start round alike
 

@@ -152,6 +152,19 @@ def test_probes_find_it_within_their_error(choose, normal, rng, key):
     np.testing.assert_allclose(found.damping, choose(sure, b).damping, rtol=1e-3)
 
 
+@pytest.mark.parametrize("rank", [5, 12])
+def test_low_rank_is_probed_as_it_is_written_out(rank, rng, key):
+    """Lanczos exhausts the space: the zeros of J Jᵀ, up to rounding, must not count beside a small λ."""
+    left, right = rng.normal(size=(200, rank)), rng.normal(size=(rank, 90)) / 90**0.5
+    b = jnp.asarray(left @ right @ rng.normal(size=90) + rng.normal(size=200))
+    J = lx.MatrixLinearOperator(jnp.asarray(left @ right))
+    exact = damping_by_cross_validation(J, b)
+    probed = damping_by_cross_validation(J, b, key=key, dense_size=0, num_probes=32)
+    assert not (exact.at_end or probed.at_end)
+    assert abs(jnp.log(probed.damping / exact.damping)) <= max(4 * float(probed.error), 0.1)
+    assert probed.error < 0.5
+
+
 def test_ends_and_numbers_that_are_none(rng):
     J, _ = _regression(rng)
     operator = lx.MatrixLinearOperator(jnp.asarray(J))

@@ -35,6 +35,12 @@ def _cases(rng, dtype=jnp.float64):
     yield "indefinite and definite", pair, np.kron(c, d) + np.kron(a, b)
     sylvester = KroneckerSum((_tagged(a, PSD, dtype), one[1]), (one[0], _tagged(b, PSD, dtype)))
     yield "Sylvester", sylvester, np.kron(a, np.eye(N)) + np.kron(np.eye(M), b)
+    m, n = (lx.IdentityLinearOperator(jax.ShapeDtypeStruct((size,), dtype)) for size in (M, N))
+    shifted = c - 2 * np.eye(M)
+    both = (m, _tagged(d, SYMMETRIC, dtype)), (_tagged(shifted, SYMMETRIC, dtype), n)
+    yield "indefinite Sylvester", KroneckerSum(*both), np.kron(np.eye(M), d) + np.kron(shifted, np.eye(N))
+    identities = KroneckerSum((m, n), (m, _tagged(b, PSD, dtype)))
+    yield "identities", identities, np.eye(M * N) + np.kron(np.eye(M), b)
 
 
 @pytest.mark.parametrize(("dtype", "tol"), [(jnp.float64, 1e-10), (jnp.float32, 2e-4)])
@@ -52,6 +58,10 @@ def test_against_the_dense_matrix(rng, dtype, tol):
         damped = operator.damped(0.3)
         np.testing.assert_allclose(damped.as_matrix(), matrix + 0.3 * np.eye(M * N), **close)
         assert lx.is_positive_semidefinite(damped) == lx.is_positive_semidefinite(operator)
+        if name in ("identities", "indefinite Sylvester"):
+            turned = np.linalg.inv(matrix + 0.3 * np.eye(M * N))
+            np.testing.assert_allclose(damped.power(-1).as_matrix(), turned, **close)
+            np.testing.assert_allclose(damped.logdet(), -np.linalg.slogdet(turned)[1], **close)
 
 
 def test_transforms(rng):

@@ -20,6 +20,8 @@ from curvax.operators._lanczos import lanczos
 # Candidates, in the logarithm, and refinements of the best one by the golden section.
 _GRID, _GOLDEN_STEPS = 192, 40
 _GOLDEN = (5**0.5 - 1) / 2
+# Eigenvalues below this many times eps of the largest are taken for zero; λ is not looked for below either.
+_ROUNDING = 10
 # Probes that are pushed through the operator at once.
 _CHUNK = 4
 
@@ -72,7 +74,7 @@ def damping_by_cross_validation(
 
     Returns:
         A `DampingChoice`; a constant without derivative. λ lies between 10 eps and 100 times the largest eigenvalue of
-        A or JᵀJ. Of a spectrum that is probed, eigenvalues below eps times the largest are not seen, and `error`
+        A or JᵀJ. Of a spectrum that is probed, eigenvalues below 20 eps times the largest count as zero, and `error`
         is the spread over the probes and what the last third of the Lanczos steps has changed.
 
     Raises:
@@ -294,12 +296,15 @@ def _probed(rules: Rule, b: Float[Array, " m"]) -> _Spectrum:
     They are chosen so that both criteria are bounded from above, but for the luck of the probes: where the steps
     do not resolve the small eigenvalues, a bound from below would have its minimum at λ = 0.
     """
-    # What rounding made negative is zero, and zero up to rounding.
-    least = jnp.finfo(b.dtype).eps * jnp.max(jnp.abs(rules.nodes), axis=1, keepdims=True)
+    # What rounding made of zero is zero: next to the least λ it would count, where K is of low rank.
+    least = _ROUNDING * jnp.finfo(b.dtype).eps * jnp.max(jnp.abs(rules.nodes), axis=1, keepdims=True)
     own = jax.tree.map(lambda a: a[0], rules._replace(nodes=jnp.maximum(rules.nodes, least)))
     nodes, weights, _ = radau(own, jnp.zeros((), b.dtype))
     others = rules.first[1:] ** 2 * (b.size / (len(rules.first) - 1))
-    return _Spectrum(jnp.maximum(nodes, 0), weights * jnp.sum(b**2), jnp.maximum(rules.nodes[1:], 0), others)
+    positive = lambda nodes, least: jnp.where(nodes <= 2 * least, 0, nodes)
+    return _Spectrum(
+        positive(nodes, least[0]), weights * jnp.sum(b**2), positive(rules.nodes[1:], least[1:]), others
+    )
 
 
 def _doubts(spectrum: _Spectrum, earlier: _Spectrum) -> _Spectrum:
@@ -323,7 +328,7 @@ def _minimised(
     """The best λ of a grid, refined by the golden section; whether it is at an end of it."""
     dtype = spectrum.nodes.dtype
     largest = jnp.maximum(jnp.max(spectrum.nodes), jnp.max(spectrum.vector_nodes))
-    low, high = jnp.log(10 * jnp.finfo(dtype).eps * largest), jnp.log(100 * largest)
+    low, high = jnp.log(_ROUNDING * jnp.finfo(dtype).eps * largest), jnp.log(100 * largest)
     at = lambda log: score(spectrum, size, noise, jnp.exp(log))  # noqa: E731
     grid = jnp.linspace(0, 1, _GRID, dtype=dtype) * (high - low) + low
     scores = jax.lax.map(at, grid)

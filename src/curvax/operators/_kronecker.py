@@ -147,7 +147,11 @@ class Kronecker(AbstractStructuredOperator):
     def diagonal(self) -> Float[Array, " mn"]:
         """The outer product of the diagonals, raveled."""
         _check_square(self)
-        return jnp.outer(lx.diagonal(self.left), lx.diagonal(self.right)).ravel()
+        # Lineax gives that of an identity in the default dtype.
+        left, right = (
+            lx.diagonal(factor).astype(self.in_structure().dtype) for factor in (self.left, self.right)
+        )
+        return jnp.outer(left, right).ravel()
 
 
 class EigenKronecker(AbstractStructuredOperator):

@@ -10,10 +10,11 @@ import lineax as lx
 from jaxtyping import Array, Float, Scalar
 
 from curvax.operators._base import as_tags
+from curvax.operators._damped import check_damping, damped_part
 from curvax.operators._dense import dense_matrix
 from curvax.operators._dispatch import register
 from curvax.operators._kronecker import Kronecker, congruence
-from curvax.operators._parts import EXACT, tags_of
+from curvax.operators._parts import EXACT, eigen_of, tags_of, untagged
 from curvax.operators._structured import AbstractStructuredOperator, is_symmetric
 from curvax.operators._written_out import written_out
 
@@ -27,8 +28,10 @@ class KroneckerSum(AbstractStructuredOperator):
     A V + V Bᵀ, is the sum of A ⊗ I and I ⊗ B.
 
     Products, transpose, trace and diagonal are sums over the terms. The inverse and the determinant have a structure
-    for one term, and for two of which one has positive definite factors and the other symmetric ones (so tagged): both
-    are brought to diagonal form by one congruence. `nearest()` gives a preconditioner for any number of terms.
+    for one term; for two of which one has positive definite factors and the other symmetric ones (so tagged): both
+    are brought to diagonal form by one congruence; and for A ⊗ I + I ⊗ B with A and B tagged symmetric and I a
+    `lx.IdentityLinearOperator`, which stays one of these when it is damped. `nearest()` gives a preconditioner for any
+    number of terms.
 
     Args:
         *terms: `Kronecker` operators, or pairs (Aᵢ, Bᵢ) of matrices or Lineax operators over vectors.
@@ -93,7 +96,9 @@ class KroneckerSum(AbstractStructuredOperator):
     @property
     def has_inverse(self) -> bool:
         """Whether the inverse has a structure: see above."""
-        return len(self.terms) == 1 or _base_of(self.terms) is not None
+        return (
+            len(self.terms) == 1 or _of_sylvester(self.terms) is not None or _base_of(self.terms) is not None
+        )
 
     def inverse(self) -> lx.AbstractLinearOperator:
         """The inverse of one term, or of two through their joint diagonal form."""
@@ -103,14 +108,24 @@ class KroneckerSum(AbstractStructuredOperator):
         return _Congruence(left, right, 1 / values, self.tags | {lx.symmetric_tag})
 
     def damped(self, damping: Scalar | float) -> AbstractStructuredOperator:
-        """With damping · I ⊗ I as one more term; of a single term, that term damped."""
+        """With damping · I ⊗ I in a term that has an identity for a factor, or as one more; a single term damped."""
         if len(self.terms) == 1:
             return self.terms[0].damped(damping)
+        kept = self.tags & {lx.symmetric_tag, _PSD}
+        for i, term in enumerate(self.terms):
+            if not (_is_identity(term.left) or _is_identity(term.right)):
+                continue
+            check_damping(damping)
+            if _is_identity(term.right):
+                moved = Kronecker(damped_part(term.left, damping), term.right)
+            else:
+                moved = Kronecker(term.left, damped_part(term.right, damping))
+            return KroneckerSum(*self.terms[:i], moved, *self.terms[i + 1 :], tags=kept)
         (m, n), dtype = self.in_structure().shape, self.in_structure().dtype
         left = lx.TaggedLinearOperator(lx.DiagonalLinearOperator(jnp.ones(m, dtype)), _PSD)
         right = lx.DiagonalLinearOperator(jnp.full(n, jnp.asarray(damping, dtype)))
         shift = Kronecker(left, lx.TaggedLinearOperator(right, _PSD))
-        return KroneckerSum(*self.terms, shift, tags=self.tags & {lx.symmetric_tag, _PSD})
+        return KroneckerSum(*self.terms, shift, tags=kept)
 
     def trace(self) -> Scalar:
         """Σ tr Aᵢ · tr Bᵢ."""
@@ -139,13 +154,18 @@ class KroneckerSum(AbstractStructuredOperator):
         return _product(left, right, s[0], all(lx.is_positive_semidefinite(term) for term in self.terms))
 
     def _diagonal_form(self, method: str) -> tuple[Array, Array, Array, Scalar]:
-        """P, Q, S with sum⁻¹ = (P ⊗ Q) diag(1/S) (P ⊗ Q)ᵀ, and log det of the definite term."""
+        """P, Q, S with sum⁻¹ = (P ⊗ Q) diag(1/S) (P ⊗ Q)ᵀ, and log det (P ⊗ Q)⁻²."""
+        sides = _of_sylvester(self.terms)
+        if sides is not None:
+            (left, a), (right, b) = map(eigen_of, sides)
+            return left, right, a[:, None] + b, jnp.zeros((), a.dtype)
         base = _base_of(self.terms) if len(self.terms) == 2 else None
         if base is None:
             raise ValueError(
-                f"{method}() of `KroneckerSum` needs one term, or two of which one has factors tagged "
-                "`lx.positive_semidefinite_tag` and the other factors tagged symmetric; found "
-                f"{len(self.terms)} terms. Solve with `cx.linear.Auto` or `cx.linear.CG`, preconditioned with "
+                f"{method}() of `KroneckerSum` needs one term; or two of which one has factors tagged "
+                "`lx.positive_semidefinite_tag` and the other factors tagged symmetric; or A ⊗ I + I ⊗ B with A and B "
+                "tagged symmetric and `lx.IdentityLinearOperator` for I. "
+                f"Found {len(self.terms)} terms. Solve with `cx.linear.Auto` or `cx.linear.CG`, preconditioned with "
                 "`nearest().inverse()`."
             )
         other = self.terms[1 - base]
@@ -246,6 +266,25 @@ def _as_product(term: Any) -> Kronecker:
             f"A term of `KroneckerSum` must be a `Kronecker` or a pair (A, B), found {type(term).__name__}."
         )
     return Kronecker(*term)
+
+
+def _is_identity(factor: lx.AbstractLinearOperator) -> bool:
+    part = untagged(factor)
+    square = part.in_structure() == part.out_structure()
+    return isinstance(part, lx.IdentityLinearOperator) and square
+
+
+def _of_sylvester(
+    terms: tuple[Kronecker, ...],
+) -> tuple[lx.AbstractLinearOperator, lx.AbstractLinearOperator] | None:
+    """The symmetric A and B where the sum is A ⊗ I + I ⊗ B, in any order."""
+    if len(terms) != 2:
+        return None
+    for one, other in (terms, terms[::-1]):
+        if _is_identity(one.right) and _is_identity(other.left):
+            if is_symmetric(one.left) and is_symmetric(other.right):
+                return one.left, other.right
+    return None
 
 
 def _base_of(terms: tuple[Kronecker, ...]) -> int | None:

@@ -100,6 +100,8 @@ def power_of(operator: lx.AbstractLinearOperator, exponent: float) -> lx.Abstrac
         return inner
     if isinstance(inner, lx.DiagonalLinearOperator):
         return lx.DiagonalLinearOperator(lx.diagonal(inner) ** exponent)
+    if exponent == -1:
+        return inverse_of(operator)
     check_power(operator, exponent)
     if (
         isinstance(inner, AbstractStructuredOperator)

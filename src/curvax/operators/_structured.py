@@ -30,8 +30,15 @@ class AbstractStructuredOperator(lx.AbstractLinearOperator):
         """A + damping · I, again with a structure."""
 
     def power(self, exponent: float) -> lx.AbstractLinearOperator:
-        """A to a real power, where the structure has one and A is positive semidefinite."""
-        raise ValueError(f"A {type(self).__name__} has no power({exponent}) of its own structure.")
+        """A to a real power, where the structure has one and A is positive semidefinite; A⁻¹ and A always."""
+        if exponent == -1:
+            return self.inverse()
+        if exponent == 1:
+            return self
+        raise ValueError(
+            f"A {type(self).__name__} has no power({exponent}) of its own structure, only -1 and 1. Where it is small, "
+            "take that of `cx.operators.positive_part(lx.MatrixLinearOperator(operator.as_matrix(), tags))`."
+        )
 
     @abc.abstractmethod
     def trace(self) -> Scalar:
