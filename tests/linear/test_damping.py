@@ -18,6 +18,7 @@ from curvax.linear import (
     damping_from_diagonal,
     shifted_cholesky,
 )
+from helpers.compilations import compilations
 from helpers.dense import rotated
 from helpers.sweep import sweep
 
@@ -276,6 +277,16 @@ def test_cholesky_shifts_as_little_as_it_must(dtype, tol, rng):
         product = np.square(np.asarray(found.factor, np.float64)).sum(axis=1)
         np.testing.assert_allclose(product, np.diag(shifted), rtol=1e-4)
     assert float(shifted_cholesky(jnp.ones((8, 8), dtype)).shift) < 100 * jnp.finfo(dtype).eps
+
+
+def test_cholesky_outside_of_jit_compiles_once(rng):
+    """A loop outside of a compiled function is compiled in every call."""
+    matrices = [rotated(np.append(rng.uniform(1.0, 2.0, N - 1), -1e-9), rng) for _ in range(2)]
+    with compilations() as seen:
+        shifted_cholesky(jnp.asarray(matrices[0]))
+        first = len(seen)
+        shifted_cholesky(jnp.asarray(matrices[1]))
+    assert first > 0 and len(seen) == first
 
 
 def test_cholesky_fails_out_loud(rng):

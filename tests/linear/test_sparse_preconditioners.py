@@ -322,6 +322,16 @@ def test_amg_draws_nothing_from_the_global_generator():
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
+@pytest.mark.parametrize("shift", [0.2, 1.0])
+def test_amg_of_an_indefinite_matrix_is_refused(shift):
+    """A Helmholtz-like shift of the Laplacian: its diagonal is positive, its smallest eigenvalues are not."""
+    matrix = _laplacian(14)
+    smallest = np.linalg.eigvalsh(matrix.toarray())[0]
+    amg(matrix - 0.9 * smallest * sp.eye_array(196))
+    with pytest.raises(ValueError, match="not positive definite"):
+        amg(matrix - (smallest + shift) * sp.eye_array(196))
+
+
 def test_amg_methods_and_null_space():
     """The vectors that A almost takes to zero are what makes it work, here for a Laplacian with signs."""
     side = 20

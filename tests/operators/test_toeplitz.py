@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 
 from curvax.operators._toeplitz import Toeplitz, ToeplitzInverse, _fast_length
+from helpers.compilations import compilations
 from helpers.sweep import sweep
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
@@ -243,6 +244,21 @@ def test_a_batch_made_inside_vmap_and_one_compilation(rng):
             truth = np.linalg.solve(scipy.linalg.toeplitz(column, row) + 0.5 * np.eye(9), vector)
             np.testing.assert_allclose(ours, truth, atol=1e-13)
     assert len(traces) == 1
+
+
+def test_calls_outside_of_jit_compile_once(rng):
+    """A loop outside of a compiled function is compiled in every call."""
+
+    def use(column):
+        operator = Toeplitz(column)
+        return operator.inverse().mv(column), operator.logdet()
+
+    columns = [_regular(7, rng)[0] for _ in range(2)]
+    with compilations() as seen:
+        use(columns[0])
+        first = len(seen)
+        use(columns[1])
+    assert first > 0 and len(seen) == first
 
 
 def test_lineax_solves_with_it_and_takes_its_inverse_as_preconditioner(rng):

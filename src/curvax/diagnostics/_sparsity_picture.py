@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
@@ -151,15 +152,18 @@ def _of_sparse(matrix: Any, threshold: float) -> _Pattern:
 def _draw_pattern(axes: Axes, pattern: _Pattern) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    cells = tuple(min(size, _CELLS) for size in pattern.shape)
-    edges = [np.linspace(0, size, count + 1) for size, count in zip(pattern.shape, cells, strict=True)]
-    counts, _, _ = np.histogram2d(pattern.rows + 0.5, pattern.columns + 0.5, bins=edges)
-    area = np.prod([size / count for size, count in zip(pattern.shape, cells, strict=True)])
+    # Cells of equal widths: where some held one row and some two, a grid would be seen that is not there.
+    widths = [-(-size // _CELLS) for size in pattern.shape]
+    counts = [-(-size // width) for size, width in zip(pattern.shape, widths, strict=True)]
+    found = np.zeros(counts)
+    np.add.at(found, (pattern.rows // widths[0], pattern.columns // widths[1]), 1)
     # The square root keeps a single entry of a block visible.
-    share = np.where(counts > 0, np.maximum(np.sqrt(np.minimum(counts / area, 1)), 0.25), 0)
+    share = np.where(found > 0, np.maximum(np.sqrt(np.minimum(found / math.prod(widths), 1)), 0.25), 0)
     colours = LinearSegmentedColormap.from_list("entries", ["#ffffff", _COLOURS[0]])
-    extent = (-0.5, pattern.shape[1] - 0.5, pattern.shape[0] - 0.5, -0.5)
+    bottom, right = (count * width - 0.5 for count, width in zip(counts, widths, strict=True))
+    extent = (-0.5, right, bottom, -0.5)
     axes.imshow(share, cmap=colours, vmin=0, vmax=1, extent=extent, interpolation="nearest", aspect="auto")
+    axes.set(xlim=(-0.5, pattern.shape[1] - 0.5), ylim=(pattern.shape[0] - 0.5, -0.5))
     if max(pattern.shape) < 8 * min(pattern.shape):
         axes.set_aspect("equal")
     axes.tick_params(labelsize=8, color=_GREY)

@@ -20,6 +20,7 @@ _MOSTLY_EMPTY = 0.3
 _FLOOR = 0.1
 # A truncation error above this fraction of the peak is told.
 _TOLD = 0.05
+_BAND = "± 2 standard errors"
 # A logarithmic eigenvalue axis: points, least width of the kernel in decades, decades below the largest at most.
 _GRID = 800
 _LEAST_DECADES = 0.1
@@ -126,7 +127,7 @@ def _area(
     axes.fill_between(x, bottom, np.maximum(y, bottom), color=colour, alpha=0.18, linewidth=0)
     if not spectrum.exact:
         low, high = np.maximum(y - band, bottom), np.maximum(y + band, bottom)
-        axes.fill_between(x, low, high, color=colour, alpha=0.35, linewidth=0, label="± 2 standard errors")
+        axes.fill_between(x, low, high, color=colour, alpha=0.35, linewidth=0, label=_BAND)
     dash = "--" if colour == _NEGATIVE else "-"
     axes.plot(
         x,
@@ -171,6 +172,11 @@ def _handles(rows: Any) -> dict[str, Any]:
     for axes in rows:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    if _BAND in found:
+        from matplotlib.patches import Patch
+
+        # It belongs to the curves of both colours.
+        found[_BAND] = Patch(facecolor=_GREY, alpha=0.35, linewidth=0)
     return found
 
 

@@ -445,7 +445,10 @@ class CheckedStage(AbstractStage):
         own = request._replace(wanted=request.wanted & ~request.correction)
         checking = request._replace(wanted=request.wanted & request.correction)
         x_own, info_own = self.first.solve(at, own)
-        x, info = self.check.solve(at, checking)
+        # One after the other: batched LAPACK calls at the same time may wait for each other (docs/sharp-bits.md). What
+        # is not wanted is zero, and where both are made, by `vmap`, only one is taken.
+        after = jnp.where(tree_all_finite(x_own), request.damping, jnp.nan)
+        x, info = self.check.solve(at, checking._replace(damping=after))
         # What the user's solver knows of the curvature is less than what the check knows.
         info_own = info_own._replace(
             curvature_min=jnp.full_like(info_own.curvature_min, jnp.inf),

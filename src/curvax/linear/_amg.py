@@ -16,6 +16,8 @@ _MISSING = (
     "`amg` needs pyamg, which is not installed. Install it with `pip install 'curvax[sparse]'`; "
     "`cx.linear.incomplete_cholesky` needs SciPy alone."
 )
+# Cycles after which negative curvature shows.
+_TRIALS = 10
 _METHODS = ("smoothed_aggregation", "ruge_stuben")
 
 
@@ -49,8 +51,9 @@ def amg(
 
     Raises:
         ImportError: pyamg is missing: `pip install 'curvax[sparse]'`.
-        ValueError: The matrix is not square, real, finite, symmetric, known and of a positive diagonal; `method` is
-            another word, or `near_null_space` has another shape.
+        ValueError: The matrix is not square, real, finite, symmetric, known and of a positive diagonal, or ten cycles
+            show negative curvature (which they may miss where it is tiny); `method` is another word, or
+            `near_null_space` has another shape.
 
     Cost: to make it, that of some ten products of sparse matrices, on the host; a cycle that of about ten products with
         A, and 200 µs.
@@ -91,8 +94,27 @@ def amg(
         levels = make(_with_small_indices(entries), presmoother=symmetric, postsmoother=symmetric, **options)
     finally:
         np.random.set_state(state)
-    fill = levels.operator_complexity()
-    return preconditioner(_Cycle(levels), shape, fill=fill, definite=True)
+    cycle = _Cycle(levels)
+    _check_curvature(entries, cycle)
+    return preconditioner(cycle, shape, fill=levels.operator_complexity(), definite=True)
+
+
+def _check_curvature(entries: Any, cycle: "_Cycle") -> None:
+    """Raise where the matrix is seen to be indefinite: cycles take away all but what they do not converge on."""
+    error = np.random.default_rng(0).standard_normal((entries.shape[0], 1))
+    for _ in range(_TRIALS):
+        error = error - cycle(entries @ error, False)
+        size = np.linalg.norm(error)
+        if not size > 0:
+            return
+        error /= size
+    image = entries @ error
+    curvature, rounding = float(np.sum(error * image)), 1e-12 * float(np.linalg.norm(image))
+    if not curvature >= -rounding:
+        raise ValueError(
+            f"`matrix` of `amg` is not positive definite: vᵀAv = {curvature:.3g} for a unit vector v. Add damping · I, "
+            "or take `cx.linear.incomplete_lu` with GMRES."
+        )
 
 
 class _Cycle:

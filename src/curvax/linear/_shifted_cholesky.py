@@ -90,17 +90,24 @@ def shifted_cholesky(
         raise ValueError(
             f"`max_shift` of `shifted_cholesky` must be at least `first_shift`, found {max_shift} < {first_shift}."
         )
+    if matrix.shape[0] == 0:
+        return ShiftedCholesky(matrix, jnp.zeros((), matrix.dtype), jnp.asarray(0), jnp.asarray(False))
+    first, most = (None if v is None else jnp.asarray(v, matrix.dtype) for v in (first_shift, max_shift))
+    return _factorised(matrix, first, most)
+
+
+@jax.jit
+def _factorised(matrix: Float[Array, "n n"], first: Scalar | None, most: Scalar | None) -> ShiftedCholesky:
+    """One program, also where it is called outside of `jit`."""
     size, dtype = matrix.shape[0], matrix.dtype
-    if size == 0:
-        return ShiftedCholesky(matrix, jnp.zeros((), dtype), jnp.asarray(0), jnp.asarray(False))
     constant = jax.lax.stop_gradient(matrix)
     constant = jnp.tril(constant) + jnp.tril(constant, -1).T
     largest = jnp.max(jnp.abs(constant))
     tiny = jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
     least = jnp.maximum(size**0.5 * jnp.finfo(dtype).eps * largest, tiny)
-    start = least if first_shift is None else jax.lax.stop_gradient(jnp.asarray(first_shift, dtype))
+    start = least if first is None else jax.lax.stop_gradient(first)
     limit = 10 * jnp.maximum(jnp.max(jnp.sum(jnp.abs(constant), axis=1)), start)
-    limit = limit if max_shift is None else jax.lax.stop_gradient(jnp.asarray(max_shift, dtype))
+    limit = limit if most is None else jax.lax.stop_gradient(most)
 
     def attempt(shift: Scalar) -> Float[Array, "n n"]:
         return jnp.linalg.cholesky(constant + shift * jnp.eye(size, dtype=dtype), symmetrize_input=False)

@@ -79,6 +79,11 @@ class Kronecker(AbstractStructuredOperator):
 
     def mv(self, vector: Float[Array, "m n"]) -> Float[Array, "p q"]:
         """A V Bᵀ."""
+        if jnp.shape(vector) != self.in_structure().shape:
+            raise ValueError(
+                f"`vector` of a `Kronecker` must be a matrix V of shape {self.in_structure().shape}, found shape "
+                f"{jnp.shape(vector)}. A raveled one goes through `v.reshape(m, n)`."
+            )
         return jax.vmap(self.left.mv, 1, 1)(jax.vmap(self.right.mv)(vector))
 
     def transpose(self) -> "Kronecker":

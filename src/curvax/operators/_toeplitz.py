@@ -208,6 +208,14 @@ def _corners(
     p e_{k−1}, b_{k−1} = 1, and the pivot p = det T_k / det T_{k−1}. A zero put behind a or before b solves T_{k+1} up
     to one entry, which a multiple of the other vector takes away.
     """
+    return _recursion(column, row)
+
+
+# One program, also where it is called outside of `jit`.
+@jax.jit
+def _recursion(
+    column: Float[Array, " n"], row: Float[Array, " n"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Scalar]:
     size, dtype = column.size, column.dtype
     lost = _LOST * jnp.finfo(dtype).eps
     # Entry i of the slice that starts at n − 1 − k is column[k − i].
