@@ -15,7 +15,7 @@ def inner(theta, phi, batch):
     return 0.5 * theta @ (batch @ theta) - jnp.sum(phi * theta)
 
 problem = cx.Bilevel(inner=inner, outer=lambda theta, phi, batch: jnp.sum(theta**2))
-solver, rule = cx.Steps(optax.sgd(0.0), 1), cx.Implicit(rtol=1e-8, linear_solver=lx.SOLVER(), max_sweeps=3)
+solver, rule = cx.Steps(optax.sgd(0.0), 1), cx.Implicit(rtol=1e-8, linear_solver=SOLVER, max_sweeps=3)
 roots = jax.random.normal(jax.random.key(0), (191, 16, 16))
 matrices = roots @ roots.transpose(0, 2, 1) + jnp.eye(16)
 run = jax.jit(jax.vmap(lambda matrix: cx.hypergradient(
@@ -30,7 +30,7 @@ assert jnp.allclose(run(matrices), truth, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("solver", ["LU", "Cholesky"])
+@pytest.mark.parametrize("solver", ["lx.LU()", "lx.Cholesky()", "cx.linear.Auto(rtol=1e-8, atol=0.0)"])
 def test_dense_solvers_return(solver):
     """With the factorisation of the user's solver and our own decomposition in one program."""
     settings = {**os.environ, "NPROC": "2", "JAX_PLATFORMS": "cpu"}

@@ -166,6 +166,8 @@ def solve(
     def by_lu(_: DirectSolution) -> DirectSolution:
         # Of the transpose of the rows too, or XLA would copy them outside of this branch.
         written = f.written if f.written.transposed else f.written.transpose()
+        # Under `vmap` both factorisations are made: one after the other (docs/sharp-bits.md).
+        written = Written(jnp.where(f.definite, 0, written.rows), written.transposed)
         again = factors(written, 0)
         return _refined(again if f.written.transposed else again.transpose(), vector, x, r, target)
 
