@@ -340,14 +340,12 @@ class LineaxStage(AbstractStage):
         options = {}
         operator = request.preconditioner
 
-        def run(transposed: bool) -> tuple[PyTree[Array], Array, Array]:
+        def run(transposed: bool, damping: Scalar) -> tuple[PyTree[Array], Array, Array]:
             apply = (lambda v: at.transposed(v)[0]) if transposed else at.apply
             tags = (
                 frozenset({lx.symmetric_tag, lx.positive_semidefinite_tag}) if self.symmetric else frozenset()
             )
-            matrix = lx.FunctionLinearOperator(
-                lambda v: tree_axpy(request.damping, v, apply(v)), structure, tags
-            )
+            matrix = lx.FunctionLinearOperator(lambda v: tree_axpy(damping, v, apply(v)), structure, tags)
             if operator is not None:
                 options["preconditioner"] = operator.transpose() if transposed else operator
             state = self.solver.init(matrix, options)
@@ -359,14 +357,19 @@ class LineaxStage(AbstractStage):
             if not self.solver.assume_full_rank():
                 # Of a system without a solution it returns what passes for one.
                 forwards = self.solver.transpose(state, options) if transposed else (state, options)
-                singular |= ~self._followed(at, request.damping, *forwards)
+                singular |= ~self._followed(at, damping, *forwards)
             failed = (solution.result != lx.RESULTS.successful) & ~singular
             return solution.value, jnp.asarray(steps), jnp.stack([singular, failed])
 
         def either() -> tuple[PyTree[Array], Array, Array]:
             if self.symmetric:
-                return run(False)
-            return jax.lax.cond(request.transposed, lambda: run(True), lambda: run(False))
+                return run(False, request.damping)
+            like = jax.eval_shape(lambda: run(True, request.damping))
+            backwards = jax.lax.cond(
+                request.transposed, lambda: run(True, request.damping), lambda: tree_zeros_like(like)
+            )
+            after = _after(backwards[0], request.damping)
+            return jax.lax.cond(request.transposed, lambda: backwards, lambda: run(False, after))
 
         like = jax.eval_shape(either)
         x, steps, flags = run_if(request.wanted, lambda _: either(), tree_zeros_like(like))
@@ -445,10 +448,7 @@ class CheckedStage(AbstractStage):
         own = request._replace(wanted=request.wanted & ~request.correction)
         checking = request._replace(wanted=request.wanted & request.correction)
         x_own, info_own = self.first.solve(at, own)
-        # One after the other: batched LAPACK calls at the same time may wait for each other (docs/sharp-bits.md). What
-        # is not wanted is zero, and where both are made, by `vmap`, only one is taken.
-        after = jnp.where(tree_all_finite(x_own), request.damping, jnp.nan)
-        x, info = self.check.solve(at, checking._replace(damping=after))
+        x, info = self.check.solve(at, checking._replace(damping=_after(x_own, request.damping)))
         # What the user's solver knows of the curvature is less than what the check knows.
         info_own = info_own._replace(
             curvature_min=jnp.full_like(info_own.curvature_min, jnp.inf),
@@ -457,6 +457,15 @@ class CheckedStage(AbstractStage):
         )
         matched = jax.tree.map(lambda a, b: a.astype(b.dtype), info_own, info)
         return tree_where(request.correction, x, x_own), tree_where(request.correction, info, matched)
+
+
+def _after(x: PyTree[Array], damping: Scalar) -> Scalar:
+    """`damping` for a solve that is to begin when that of x is done.
+
+    Batched LAPACK calls at the same time may wait for each other for ever (docs/sharp-bits.md). Of two solves one is
+    wanted, the other returns zero; by `vmap` both are made, and one is taken: no NaN of x gets into the other's result.
+    """
+    return jnp.where(tree_all_finite(x), damping, jnp.nan)
 
 
 def why_failed(info: StageInfo) -> RESULTS:
