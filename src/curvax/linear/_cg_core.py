@@ -305,9 +305,10 @@ def _learnt(
     )
 
 
-_BEFORE_FIRST, _AFTER_PRODUCT, _AFTER_STEP, _LEARNT = map(
-    one_kernel, (before_first, after_product, after_step, _learnt)
-)
+_BEFORE_FIRST = one_kernel(before_first)
+_AFTER_PRODUCT = one_kernel(after_product)
+_AFTER_STEP = one_kernel(after_step)
+_LEARNT = one_kernel(_learnt)
 
 
 def negated(matvec: MatVec) -> MatVec:
