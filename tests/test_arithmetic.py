@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from curvax._control import map_in_chunks
-from curvax._pytree import _RUNNING_SUM_SIZE, _STACKED_SIZE, tree_gram
+from curvax._control import map_in_chunks, one_kernel
+from curvax._pytree import _RUNNING_SUM_SIZE, _STACKED_SIZE, tree_gram, tree_products
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -33,6 +33,8 @@ def test_gram_matrix_of_trees(size, dtype, rng):
     for i, j in wanted:
         kept[i, j] = kept[j, i] = True
     assert np.max(np.abs(some - truth)[kept] / scale[kept]) < tolerance
+    for terms, (i, j) in zip(tree_products(trees, wanted), wanted, strict=True):
+        assert abs(float(sum(terms)) - truth[i, j]) < tolerance * scale[i, j]
     many = jax.vmap(lambda s: tree_gram(jax.tree.map(lambda x: s.astype(dtype) * x, trees[0]), trees[1]))(
         jnp.arange(1.0, 3.0)
     )
@@ -67,3 +69,21 @@ def test_map_in_chunks(count):
     np.testing.assert_array_equal(found["row"], xs["x"] ** 2)
     np.testing.assert_array_equal(found["sum"], xs["x"].sum(axis=1))
     assert len(traces) == 1
+
+
+def test_one_kernel_is_traced_once():
+    """Also where the arguments are batched; numbers of Python are constants, each with a program of its own."""
+    traces = []
+
+    def fn(a, b, power):
+        traces.append(power)
+        return {"sum": a + b, "power": a**power}
+
+    kernel = one_kernel(fn)
+    both = jax.jit(lambda a, b: (kernel(a, b, 2), kernel(b, a, 2), kernel(a, b, 3)))
+    first, second, third = both(jnp.asarray(3.0), jnp.asarray(4.0))
+    assert [float(out["power"]) for out in (first, second, third)] == [9, 16, 27]
+    assert float(first["sum"]) == 7
+    assert traces == [2, 3]
+    many = jax.vmap(lambda a: kernel(a, jnp.asarray(1.0), 2))(jnp.arange(3.0))
+    np.testing.assert_array_equal(many["sum"], [1, 2, 3])

@@ -1,5 +1,6 @@
 """Control flow that stays lazy under `vmap`."""
 
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -114,34 +115,51 @@ def pack(tree: _T) -> Packed[_T]:
 
 
 def in_one_kernel(fn: Callable[..., _T]) -> Callable[..., Packed[_T]]:
-    """A function of scalars and tiny arrays, compiled as a whole on CPU; what is `Packed` is unpacked for it.
+    """`one_kernel` with one result for each dtype, and what is `Packed` among the arguments unpacked."""
+
+    def unpacked(*args: Any) -> Packed[_T]:
+        return pack(fn(*(arg.tree if isinstance(arg, Packed) else arg for arg in args)))
+
+    return one_kernel(unpacked)
+
+
+def one_kernel(fn: Callable[..., _T]) -> Callable[..., _T]:
+    """A function of scalars and tiny arrays, compiled as a whole on CPU. Its results are arrays of their own.
 
     There XLA makes a kernel of every scalar that has two uses, each to be compiled and to be called: half of both
-    times for a loop over small vectors. A loop over fewer than 1024 bytes becomes one kernel, so that is what `fn` is
-    put in: one of a single turn, which XLA cannot see. Not to be differentiated in reverse.
+    times for a loop over small vectors. A loop that moves fewer than 1024 bytes in a turn becomes one kernel, so that
+    is what `fn` is put in: one of a single turn, which XLA cannot see. Not to be differentiated in reverse.
+
+    What is decorated once is traced once for arguments of a kind: keep the result where `fn` is no closure.
     """
+    programs: dict[Any, Callable[..., _T]] = {}
 
-    def unpacked(*args: Packed) -> Packed[_T]:
-        return pack(fn(*(arg.tree for arg in args)))
-
-    def call(*args: Any) -> Packed[_T]:
-        # Whatever a loop carries is copied, one thing at a time.
-        args = tuple(arg if isinstance(arg, Packed) else pack(arg) for arg in args)
+    def call(*args: Any) -> _T:
         if jax.default_backend() != "cpu":
-            return unpacked(*args)
-        closed, like = jax.make_jaxpr(unpacked, return_shape=True)(*args)
-        run = jax.extend.core.jaxpr_as_fun(closed)
-        # Overwritten. XLA makes a kernel for zeros, as for any other pattern that it knows.
-        nothing = [
-            (np.arange(leaf.size) ** 2 % 97 + 3).astype(leaf.dtype).reshape(leaf.shape)
-            for leaf in jax.tree.leaves(like)
-        ]
-        once = jax.lax.optimization_barrier(jnp.asarray(True))
-        leaves = jax.lax.while_loop(
-            lambda carry: carry[0],
-            lambda carry: (jnp.zeros_like(carry[0]), run(*jax.tree.leaves(args))),
-            (once, nothing),
-        )[1]
-        return cast(Packed[_T], jax.tree.unflatten(jax.tree.structure(like), leaves))
+            return fn(*args)
+        arrays, static = eqx.partition(args, eqx.is_array)
+        leaves, structure = jax.tree.flatten(static)
+        key = (structure, tuple(leaves), jax.tree.structure(arrays))
+        if key not in programs:
+            programs[key] = jax.jit(ft.partial(_in_a_loop, lambda given: fn(*eqx.combine(given, static))))
+        return programs[key](arrays)
 
     return call
+
+
+def _in_a_loop(fn: Callable[[_S], _T], args: _S) -> _T:
+    """`fn(args)` in a loop of one turn, which XLA cannot see."""
+    closed, like = jax.make_jaxpr(fn, return_shape=True)(args)
+    run = jax.extend.core.jaxpr_as_fun(closed)
+    # Overwritten. XLA makes a kernel for zeros, as for any other pattern that it knows.
+    nothing = [
+        (np.arange(leaf.size) ** 2 % 97 + 3).astype(leaf.dtype).reshape(leaf.shape)
+        for leaf in jax.tree.leaves(like)
+    ]
+    once = jax.lax.optimization_barrier(jnp.asarray(True))
+    leaves = jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(carry[0]), run(*jax.tree.leaves(args))),
+        (once, nothing),
+    )[1]
+    return cast(_T, jax.tree.unflatten(jax.tree.structure(like), leaves))

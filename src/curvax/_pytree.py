@@ -1,6 +1,7 @@
 """Arithmetic on pytrees of arrays. `None` leaves are empty subtrees, as everywhere in JAX."""
 
 import functools as ft
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from curvax._control import in_one_kernel
+from curvax._control import one_kernel
 
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -28,6 +29,11 @@ def tree_sub(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
 def tree_scale(scale: Scalar | float, x: PyTree[Array]) -> PyTree[Array]:
     """`scale * x`, in the dtype of each leaf."""
     return jax.tree.map(lambda leaf: jnp.asarray(scale, leaf.dtype) * leaf, x)
+
+
+def tree_unscale(scale: Scalar | float, x: PyTree[Array]) -> PyTree[Array]:
+    """`x / scale`, in the dtype of each leaf."""
+    return jax.tree.map(lambda leaf: leaf / jnp.asarray(scale, leaf.dtype), x)
 
 
 def tree_axpy(scale: Scalar | float, x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
@@ -84,17 +90,21 @@ def tree_unit(x: PyTree[Array]) -> Float[Array, ""]:
         return jnp.ones((), dtype)
     # Within the range of every leaf.
     widest = 2.0 ** min(int(jnp.finfo(leaf.dtype).maxexp) - 3 for leaf in jax.tree.leaves(x))
-    return in_one_kernel(ft.partial(_unit, widest))(ft.reduce(jnp.maximum, sizes)).tree
+    return _UNIT(widest, sizes)
 
 
-def _unit(widest: float, largest: Scalar) -> Scalar:
-    """1/`largest` rounded to a power of two between 1/`widest` and `widest`."""
+def _unit(widest: float, sizes: list[Scalar]) -> Scalar:
+    """1/the largest of these rounded to a power of two between 1/`widest` and `widest`."""
+    largest = ft.reduce(jnp.maximum, sizes)
     kind, digits = {4: (jnp.uint32, 23), 8: (jnp.uint64, 52)}[largest.dtype.itemsize]
     most = kind(2 * jnp.finfo(largest.dtype).maxexp - 2)  # twice the bias of the exponent
     exponent = jax.lax.bitcast_convert_type(largest, kind) >> kind(digits)
     opposite = jnp.clip(most - jnp.minimum(exponent, most - kind(1)), kind(1), most) << kind(digits)
     unit = jnp.clip(jax.lax.bitcast_convert_type(opposite, largest.dtype), 1 / widest, widest)
     return jnp.where((largest > 0) & jnp.isfinite(largest), unit, 1)
+
+
+_UNIT = one_kernel(_unit)
 
 
 # Up to this size a stacked product is nearly as fast as one reduction, and compiles to no kernel but that of the stack.
@@ -121,7 +131,8 @@ def tree_gram(
         if arrays[0].size <= _STACKED_SIZE:
             stacked = jnp.stack(flat)
             return jnp.matmul(stacked, stacked.T, precision=jax.lax.Precision.HIGHEST)
-        known = dict(zip(pairs, _inner_products(flat, pairs), strict=True))
+        totals = [ft.reduce(jnp.add, terms) for terms in _inner_products(flat, pairs)]
+        known = dict(zip(pairs, totals, strict=True))
         nothing = jnp.zeros((), dtype)
         entries = [known.get((min(i, j), max(i, j)), nothing) for i in range(count) for j in range(count)]
         return jnp.stack(entries).reshape(count, count)
@@ -130,11 +141,29 @@ def tree_gram(
     return ft.reduce(jnp.add, found) if found else jnp.zeros((count, count), dtype)
 
 
-def _inner_products(vectors: Sequence[Array], pairs: Sequence[tuple[int, int]]) -> Sequence[Array]:
-    """The inner products of these pairs of vectors, (n,) each."""
+def tree_products(
+    vectors: Sequence[PyTree[Array]], pairs: Sequence[tuple[int, int]]
+) -> list[tuple[Float[Array, ""], ...]]:
+    """The inner products of these pairs of vectors, each as terms that are still to be added, in one kernel."""
+    dtype = tree_dtype(vectors)
+    terms = []
+    for arrays in zip(*(jax.tree.leaves(vector) for vector in vectors), strict=True):
+        flat = [a.astype(dtype).ravel() for a in arrays]
+        if flat[0].size <= _STACKED_SIZE:
+            exact = jax.lax.Precision.HIGHEST
+            terms.append([[jnp.dot(flat[i], flat[j], precision=exact)] for i, j in pairs])
+        else:
+            terms.append(_inner_products(flat, pairs))
+    if not terms:
+        return [(jnp.zeros((), dtype),) for _ in pairs]
+    return [tuple(itertools.chain(*parts)) for parts in zip(*terms, strict=True)]
+
+
+def _inner_products(vectors: Sequence[Array], pairs: Sequence[tuple[int, int]]) -> list[list[Array]]:
+    """The inner products of these pairs of vectors, (n,) each, as terms that are still to be added."""
     size, dtype = vectors[0].size, vectors[0].dtype
     if size > _RUNNING_SUM_SIZE.get(jnp.dtype(dtype).itemsize, 0) or jax.default_backend() != "cpu":
-        return [jnp.sum(vectors[i] * vectors[j]) for i, j in pairs]
+        return [[jnp.sum(vectors[i] * vectors[j])] for i, j in pairs]
     # A running sum waits for its last addition: some of them side by side do not.
     parts = min(4 if len(pairs) < 4 else 2, size)
     length = size // parts
@@ -143,10 +172,10 @@ def _inner_products(vectors: Sequence[Array], pairs: Sequence[tuple[int, int]]) 
     add = lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True))  # noqa: E731
     sums = jax.lax.reduce(tuple(products), (np.zeros((), dtype),) * len(products), add, (0,))
     rest = [jax.lax.slice(v, (parts * length,), (size,)) for v in vectors] if size % parts else None
-    totals = []
-    for number, (i, j) in enumerate(pairs):
-        total = sum(sums[number :: len(pairs)][1:], start=sums[number])
-        totals.append(total if rest is None else total + jnp.sum(rest[i] * rest[j]))
+    totals = [list(sums[number :: len(pairs)]) for number in range(len(pairs))]
+    if rest is not None:
+        for terms, (i, j) in zip(totals, pairs, strict=True):
+            terms.append(jnp.sum(rest[i] * rest[j]))
     return totals
 
 

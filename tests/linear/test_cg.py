@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import curvax as cx
+from curvax.linear._cg_core import conjugate_gradient
 from helpers.dense import rotated
 
 N = 50
@@ -88,3 +89,16 @@ def test_float32_scales(rng):
         assert np.linalg.norm(np.asarray(x) - truth) <= 1e-3 * np.linalg.norm(truth)
         steps.add(int(count))
     assert max(steps) <= 1.1 * min(steps)
+
+
+def test_norms_by_recurrence(rng):
+    """‖x‖ and ‖r‖ of a run are not measured but follow from its coefficients, long after orthogonality is lost."""
+    matrix = rotated(np.geomspace(1e-6, 1, 60), rng)
+    rhs = rng.standard_normal(60)
+    x, info = jax.jit(
+        lambda b: conjugate_gradient(lambda v: jnp.asarray(matrix) @ v, b, rtol=1e-6, max_steps=3000)
+    )(rhs)
+    assert info.num_matvecs > 200
+    np.testing.assert_allclose(info.solution_norm, np.linalg.norm(x), rtol=1e-6)
+    np.testing.assert_allclose(info.residual_norm, np.linalg.norm(rhs - matrix @ x), rtol=0.1)
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, rhs), rtol=0, atol=1e-6 * np.linalg.norm(x))

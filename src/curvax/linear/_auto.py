@@ -40,6 +40,7 @@ from curvax.linear._system import (
     preconditioner_of,
     start_and_residual,
     tolerance,
+    traced_once,
     transposed_options,
 )
 from curvax.operators._direct import structured_inverse
@@ -187,6 +188,7 @@ class Auto(lx.AbstractLinearSolver[_State]):
         condition = None if inverse is None else condition_of(operator, inverse)
         return _State(operator, None, inverse, condition, prices(operator))
 
+    @traced_once
     @in_units
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]

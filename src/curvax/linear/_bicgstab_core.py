@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
-from curvax._pytree import tree_add, tree_axpy, tree_dot, tree_norm, tree_scale, tree_sub, tree_where
+from curvax._control import one_kernel
+from curvax._pytree import tree_axpy, tree_norm, tree_products, tree_sub, tree_where
+from curvax.linear._cg_scalars import Terms, added
 from curvax.linear._system import MatVec
 
 
@@ -21,18 +23,45 @@ class BiCGStabInfo(NamedTuple):
     stalled: Bool[Array, ""]  # broke down, and starting again from there did not help
 
 
-class _Carry(NamedTuple):
+class _Turn(NamedTuple):
     x: PyTree[Array]
-    r: PyTree[Array]
-    shadow: PyTree[Array]
+    r: PyTree[Array]  # recursive
     p: PyTree[Array]
     rho: Scalar
-    best: PyTree[Array]
-    best_norm: Scalar
-    since: Scalar  # ‖r‖ when the recurrence was last started
     num_matvecs: Int[Array, ""]
-    restarts: Bool[Array, ""]
+    going: Bool[Array, ""]
+
+
+class _Carry(NamedTuple):
+    x: PyTree[Array]
+    r: PyTree[Array]  # true
+    norm: Scalar
+    num_matvecs: Int[Array, ""]
     stalled: Bool[Array, ""]
+
+
+def _after_turn(
+    now: tuple[Scalar, Int[Array, ""]],
+    steps: tuple[Scalar, Scalar],
+    squares: tuple[Terms, Terms, Terms, Terms],
+    norm: Scalar,
+    target: Scalar,
+    max_steps: Int[Array, ""] | int,
+) -> tuple[Scalar, Scalar, Int[Array, ""], Bool[Array, ""]]:
+    """β, ρ, the number of products and whether there is a next turn. `norm` is that of the shadow."""
+    (old_rho, num_matvecs), (alpha, omega) = now, steps
+    along, product, rho, square = map(added, squares)
+    residual = jnp.sqrt(square)
+    num_matvecs = num_matvecs + 2
+    beta = rho / jnp.where(old_rho == 0, 1, old_rho) * alpha / jnp.where(omega == 0, 1, omega)
+    scale = float(jnp.finfo(norm.dtype).eps) * norm
+    whole = (jnp.abs(along) > scale * jnp.sqrt(product)) & (jnp.abs(rho) > scale * residual) & (omega != 0)
+    # Written so that a residual that is not a number ends the loop.
+    going = whole & (residual > target) & jnp.isfinite(residual + beta) & (num_matvecs < max_steps)
+    return beta, rho, num_matvecs, going
+
+
+_AFTER_TURN = one_kernel(_after_turn)
 
 
 def bicgstab(
@@ -56,60 +85,54 @@ def bicgstab(
     """
     precondition: MatVec = preconditioner if preconditioner is not None else lambda v: v
     norm = tree_norm(r)
-    eps = jnp.finfo(norm.dtype).eps
-    no = jnp.asarray(False)
-    begin = _Carry(x, r, r, r, norm * norm, x, norm, norm, jnp.asarray(0), no, ~jnp.isfinite(norm))
+    eps = float(jnp.finfo(norm.dtype).eps)
 
-    def unfinished(c: _Carry) -> Bool[Array, ""]:
-        return ~c.stalled & (c.num_matvecs < max_steps) & (c.restarts | ~(tree_norm(c.r) <= target))
+    def from_here(c: _Carry) -> _Carry:
+        shadow = c.r
 
-    def body(c: _Carry) -> _Carry:
-        # A start: the true residual takes the place of the recursive one. One product serves both kinds of turn.
-        point = precondition(c.p)
-        product = matvec(tree_where(c.restarts, c.x, point))
-        true = tree_sub(rhs, product)
-        size = tree_norm(true)
-        better = c.restarts & (size < c.best_norm)
-        stalled = c.restarts & ~(size <= 0.5 * c.since) & ~(size <= target)
+        def turn(t: _Turn) -> _Turn:
+            point = precondition(t.p)
+            product = matvec(point)
+            along, square = tree_products([shadow, product], [(0, 1), (1, 1)])
+            across = added(along)
+            # No step along p where the inner product is rounding: the second half of the turn is good in any case.
+            usable = jnp.abs(across) > eps * c.norm * jnp.sqrt(added(square))
+            alpha = jnp.where(usable, t.rho / across, 0)
+            half = tree_axpy(-alpha, product, t.r)
+            smoothed = precondition(half)
+            image = matvec(smoothed)
+            fit, stretch = tree_products([half, image], [(0, 1), (1, 1)])
+            length = added(stretch)
+            omega = jnp.where(length > 0, added(fit) / length, 0)
+            x = tree_axpy(omega, smoothed, tree_axpy(alpha, point, t.x))
+            r = tree_axpy(-omega, image, half)
+            rho, residual = tree_products([shadow, r], [(0, 1), (1, 1)])
+            beta, *rest = _AFTER_TURN(
+                (t.rho, t.num_matvecs),
+                (alpha, omega),
+                (along, square, rho, residual),
+                c.norm,
+                target,
+                max_steps,
+            )
+            return _Turn(x, r, tree_axpy(beta, tree_axpy(-omega, product, t.p), r), *rest)
 
-        along = tree_dot(c.shadow, product)
-        alpha = c.rho / jnp.where(along == 0, 1, along)
-        half = tree_axpy(-alpha, product, c.r)
-        smoothed = precondition(half)
-        image = matvec(smoothed)
-        square = tree_dot(image, image)
-        omega = tree_dot(image, half) / jnp.where(square == 0, 1, square)
-        x = tree_add(c.x, tree_add(tree_scale(alpha, point), tree_scale(omega, smoothed)))
-        r = tree_axpy(-omega, image, half)
-        rho = tree_dot(c.shadow, r)
-        residual_norm = tree_norm(r)
-        beta = rho / jnp.where(c.rho == 0, 1, c.rho) * alpha / jnp.where(omega == 0, 1, omega)
-        p = tree_axpy(beta, tree_axpy(-omega, product, c.p), r)
-        scale = eps * tree_norm(c.shadow)
-        broken = (jnp.abs(along) <= scale * tree_norm(product)) | (jnp.abs(rho) <= scale * residual_norm)
-        finite = jnp.isfinite(residual_norm + rho + beta)
-        # Before a breakdown there may be a step that went nowhere: go on from the point before it.
-        usable = finite & ~(jnp.abs(along) <= scale * tree_norm(product))
-        again = ~c.restarts & (broken | ~finite | (omega == 0) | (residual_norm <= target))
-        ordinary = ~c.restarts & usable
+        begin = _Turn(c.x, c.r, c.r, c.norm * c.norm, c.num_matvecs, jnp.asarray(True))
+        end = jax.lax.while_loop(lambda t: t.going, turn, begin)
+        true = tree_sub(rhs, matvec(end.x))
+        norm = tree_norm(true)
+        better = norm < c.norm
         return _Carry(
-            x=tree_where(ordinary, x, c.x),
-            r=tree_where(c.restarts, true, tree_where(usable, r, c.r)),
-            shadow=tree_where(c.restarts, true, c.shadow),
-            p=tree_where(c.restarts, true, tree_where(usable, p, c.p)),
-            rho=jnp.where(c.restarts, size * size, jnp.where(usable, rho, c.rho)),
-            best=tree_where(better, c.x, c.best),
-            best_norm=jnp.where(better, size, c.best_norm),
-            since=jnp.where(c.restarts, size, c.since),
-            num_matvecs=c.num_matvecs + 2,
-            restarts=again,
-            stalled=stalled | (c.restarts & ~jnp.isfinite(size)),
+            x=tree_where(better, end.x, c.x),
+            r=tree_where(better, true, c.r),
+            norm=jnp.where(better, norm, c.norm),
+            num_matvecs=end.num_matvecs + 1,
+            stalled=~(norm <= 0.5 * c.norm) & ~(norm <= target),
         )
 
-    end = jax.lax.while_loop(unfinished, body, begin)
-    # Out of steps the last point may still be the best.
-    last = tree_sub(rhs, matvec(end.x))
-    better = tree_norm(last) < end.best_norm
-    best = tree_where(better, end.x, end.best)
-    residual = tree_sub(rhs, matvec(best))
-    return best, residual, BiCGStabInfo(end.num_matvecs + 2, tree_norm(residual), end.stalled)
+    def unsolved(c: _Carry) -> Bool[Array, ""]:
+        return ~(c.norm <= target) & ~c.stalled & (c.num_matvecs < max_steps)
+
+    begin = _Carry(x, r, norm, jnp.asarray(0), ~jnp.isfinite(norm))
+    end = jax.lax.while_loop(unsolved, from_here, begin)
+    return end.x, end.r, BiCGStabInfo(end.num_matvecs, end.norm, end.stalled)

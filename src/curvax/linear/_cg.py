@@ -11,7 +11,7 @@ from curvax._pytree import stop_gradient, tree_neg, tree_size, tree_sub, tree_ze
 from curvax.linear._cg_core import default_max_steps, negated
 from curvax.linear._cg_scalars import CONVERGED, INDEFINITE, NONFINITE, PRECISION_LIMITED, SINGULAR
 from curvax.linear._many import solve_sharing_products
-from curvax.linear._system import preconditioner_of
+from curvax.linear._system import preconditioner_of, traced_once
 from curvax.operators._damped import check_real
 
 _State: TypeAlias = tuple[lx.AbstractLinearOperator, bool]
@@ -92,6 +92,7 @@ class CG(lx.AbstractLinearSolver[_State]):
             )
         return lx.linearise(operator), negative
 
+    @traced_once
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:

@@ -5,6 +5,7 @@ step, and stops on an estimate of the *forward* error of the solution instead of
 Everything that solves with a symmetric curvature in this library runs this loop.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,33 +13,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from curvax._control import Packed, in_one_kernel
+from curvax._control import Packed, one_kernel
 from curvax._pytree import (
     tree_add,
     tree_axpy,
-    tree_dot,
     tree_dtype,
-    tree_gram,
     tree_neg,
-    tree_norm,
+    tree_products,
     tree_scale,
     tree_size,
     tree_sub,
     tree_unit,
+    tree_unscale,
     tree_where,
     tree_zeros_like,
 )
 from curvax.linear._cg_scalars import (
     CONVERGED,
     PRECISION_LIMITED,
-    RUNNING,
-    SQUARES,
     Known,
+    Open,
     Scalars,
+    Spectrum,
+    Squares,
     StoppingTest,
+    added,
+    after_product,
     after_step,
     before_first,
-    step_length,
 )
 from curvax.linear._recycle import Fresh, Recycled, deflated, keep, merged, no_fresh
 
@@ -86,7 +88,9 @@ class _Loop(NamedTuple):
     z: PyTree[Array] | None  # M⁻¹ r, where there is a preconditioner
     p: PyTree[Array]
     fresh: Fresh | None
+    spectrum: Packed[Spectrum]
     packed: Packed[Scalars]
+    open: Open
 
 
 def default_max_steps(size: int) -> int:
@@ -148,10 +152,10 @@ def conjugate_gradient(
     Returns:
         x and a `CGInfo`. When a direction with pᵀAp ≤ 0 is met the loop stops with the last iterate.
 
-    Cost: one product with A a step, five vector updates, four inner products (five preconditioned).
+    Cost: one product with A a step, three vector updates, two inner products (six preconditioned).
     """
     dtype = tree_dtype(rhs)
-    inf, zero, one = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
+    inf, zero = jnp.asarray(jnp.inf, dtype), jnp.zeros((), dtype)
     unit = tree_unit(rhs if reference is None else (rhs, reference))
     rhs = tree_scale(unit, rhs)
     reference = None if reference is None else tree_scale(unit, reference)
@@ -160,6 +164,7 @@ def conjugate_gradient(
         atol=0.0 if isinstance(atol, float) and atol == 0 else jnp.asarray(atol, dtype) * unit,
         known_min=None if curvature_min is None else curvature_min.astype(dtype),
         amplified=amplified,
+        max_steps=max_steps,
         floor_of_singular=max(tree_size(rhs), 4) ** 0.5 * float(jnp.finfo(dtype).eps),
     )
     plain = preconditioner is None and recycled is None
@@ -174,84 +179,136 @@ def conjugate_gradient(
             before, after, inside = vector, z, zero
         else:
             z, before, after, inside = deflated(recycled, preconditioner, vector)
-        ends = tree_gram(before, after, wanted=[(0, 1), (1, 1)])
-        energy, square = ends[0, 1], ends[1, 1]
+        energy, square = map(added, tree_products([before, after], [(0, 1), (1, 1)]))
         return z, energy + inside, jnp.where(square > 0, energy / square, inf)
 
-    rhs_square = tree_dot(rhs, rhs)
-    z, gamma = rhs, rhs_square
+    (rhs_square,) = tree_products([rhs], [(0, 0)])
+    z, first = rhs, None
     if not plain:
-        z, gamma, _ = preconditioned(rhs)
+        z, first, _ = preconditioned(rhs)
     known = Known(
-        norm=zero if recycled is None else recycled.highest,
-        rayleigh=inf if recycled is None else recycled.lowest,
-        metric=inf if preconditioner is not None else one if recycled is None else 1 / recycled.scale,
+        norm=0.0 if recycled is None else recycled.highest,
+        rayleigh=math.inf if recycled is None else recycled.lowest,
+        metric=math.inf if preconditioner is not None else 1.0 if recycled is None else 1 / recycled.scale,
     )
+    spectrum, packed, scalars = _BEFORE_FIRST(max_steps, rhs_square, first, known)
     start = _Loop(
         x=tree_zeros_like(rhs),
         r=rhs,
         z=None if plain else z,
         p=z,
         fresh=None if recycled is None else no_fresh(rhs, recycled),
-        packed=in_one_kernel(before_first)(test, rhs_square, gamma, known),
+        spectrum=spectrum,
+        packed=packed,
+        open=scalars,
     )
 
-    def unfinished(c: _Loop) -> Bool[Array, ""]:
-        status, num_matvecs = c.packed.pick(lambda s: (s.status, s.num_matvecs))
-        return (status == RUNNING) & (num_matvecs < max_steps)
-
-    def body(c: _Loop) -> _Loop:
-        replace = c.packed.pick(lambda s: s.replace)
-        # One product serves both kinds of step, so that the compiler sees the operator once.
-        product = matvec(tree_where(replace, c.x, c.p))
-        packed_step = in_one_kernel(step_length)(c.packed, tree_gram(c.p, product))
-        alpha, advance, squares = packed_step.pick(lambda s: (s.alpha, s.advance, s.squares))
+    def turn(c: _Loop) -> _Loop:
+        """An ordinary step along p; or, where the residual is to be replaced, b − Ap with b for r and x for p."""
+        replace = c.open.replace
+        product = matvec(c.p)
+        if plain:
+            (curvature,), direction, stretch = tree_products([c.p, product], [(0, 1)]), None, None
+        else:
+            pairs = [(0, 1), (0, 0), (1, 1)]
+            curvature, direction, stretch = tree_products([c.p, product], pairs)
+        bend = added(curvature)
+        advance = ~replace & (bend > 0)
+        alpha = jnp.where(advance, c.open.gamma / bend, 0)
         x = tree_axpy(alpha, c.p, c.x)
-        # An ordinary step: r − αAp; a replacement: b − Ax.
-        r = tree_axpy(jnp.where(replace, -1, -alpha), product, tree_where(replace, rhs, c.r))
-        total = () if reference is None else (tree_add(reference, x),)
-        vectors = tree_gram(x, r, rhs, *total, wanted=SQUARES)
-        z, measured = r, None
+        r = tree_axpy(jnp.where(replace, -1, -alpha), product, c.r)
+        (residual,) = tree_products([r], [(0, 0)])
+        total = solution = None
+        if reference is not None:
+            (total,) = tree_products([tree_add(reference, x)], [(0, 0)])
+        z, measured, fresh = r, None, c.fresh
         if not plain:
-            z, gamma, seen = preconditioned(r)
-            measured = gamma, None if preconditioner is None else seen
-        after = in_one_kernel(after_step)(c.packed, packed_step, vectors, measured)
-        beta = after.pick(lambda s: s.beta)
-        # After a replacement p keeps its conjugate part: p + (z_new − z_old).
-        renewed = tree_add(c.p, tree_sub(z, c.r if c.z is None else c.z))
-        return _Loop(
-            x=x,
-            r=r,
-            z=None if plain else z,
-            p=tree_where(replace, renewed, tree_axpy(beta, c.p, z)),
-            fresh=None if c.fresh is None else keep(c.fresh, advance & keeps, c.p, product, squares),
-            packed=after,
+            (solution,) = tree_products([x], [(0, 0)])
+            z, energy, seen = preconditioned(r)
+            measured = energy, None if preconditioner is None else seen
+            if fresh is not None:
+                assert direction is not None and stretch is not None
+                squares = added(direction), bend, added(stretch)
+                fresh = keep(fresh, advance & keeps, c.p, product, squares)
+        found = Squares(curvature, residual, total, direction, stretch, solution)
+        gamma = None if measured is None else measured[0]
+        spectrum, beta, square, bend = _AFTER_PRODUCT(c.spectrum, c.open, alpha, found, gamma)
+        gamma = square if gamma is None else gamma
+        packed, *verdict = _AFTER_STEP(
+            test, c.packed, c.spectrum, spectrum, c.open, alpha, bend, square, found, measured
         )
+        p = tree_axpy(beta, c.p, z)
+        return _Loop(x, r, None if plain else z, p, fresh, spectrum, packed, Open(gamma, *verdict))
 
-    last = jax.lax.while_loop(unfinished, body, start)
-    end = last.packed.tree
-    lowest, highest = jnp.minimum(end.rayleigh, end.metric / end.ritz.low), end.norm
+    def until_replacement(c: _Loop) -> _Loop:
+        """Ordinary steps until the residual is to be replaced; or that one step, after which p goes on as it was.
+
+        One product serves both kinds of step, so that the compiler sees the operator once, and the loop inside does
+        nothing but what conjugate gradients do.
+        """
+        replace = c.open.replace
+        entry = c._replace(
+            r=tree_where(replace, rhs, c.r),
+            p=tree_where(replace, c.x, c.p),
+            open=c.open._replace(staying=c.open.going),
+        )
+        after = jax.lax.while_loop(lambda d: d.open.staying, turn, entry)
+        # After a replacement p keeps its conjugate part: p + (z_new − z_old).
+        old, new = (c.r, after.r) if plain else (c.z, after.z)
+        return after._replace(p=tree_where(replace, tree_add(c.p, tree_sub(new, old)), after.p))
+
+    last = jax.lax.while_loop(lambda c: c.open.going, until_replacement, start)
+    learnt = _LEARNT(last.spectrum, last.packed, unit, first, last.open.gamma)
     kept = None
     if recycled is not None and last.fresh is not None:
         # The Ritz values are those of A itself only where nothing was deflated.
         own = (recycled.count == 0) & (preconditioner is None)
-        highest = jnp.where(own, jnp.maximum(highest, end.ritz.high), highest)
-        kept = merged(recycled, last.fresh, lowest if preconditioner is None else end.rayleigh, highest)
-    info = CGInfo(
-        num_matvecs=end.num_matvecs,
-        residual=tree_scale(1 / unit, last.r),
-        residual_norm=(jnp.sqrt(end.gamma) if plain else tree_norm(last.r)) / unit,
-        solution_norm=end.x_norm / unit,
-        curvature_min=1 / end.ritz.low,
-        curvature_max=end.ritz.high,
-        norm=highest,
-        lowest=lowest,
-        rayleigh=end.rayleigh,
-        status=end.status,
-        recycled=kept,
-        decades=zero if plain else 0.5 * jnp.log10(gamma / end.gamma),
+        highest = jnp.where(own, jnp.maximum(learnt.norm, learnt.curvature_max), learnt.norm)
+        learnt = learnt._replace(norm=highest)
+        lowest = learnt.lowest if preconditioner is None else learnt.rayleigh
+        kept = merged(recycled, last.fresh, lowest, highest)
+    info = CGInfo(residual=tree_unscale(unit, last.r), recycled=kept, **learnt._asdict())
+    return tree_unscale(unit, last.x), info
+
+
+class _Learnt(NamedTuple):
+    """The scalars of `CGInfo`."""
+
+    num_matvecs: Int[Array, ""]
+    residual_norm: Scalar
+    solution_norm: Scalar
+    curvature_min: Scalar
+    curvature_max: Scalar
+    norm: Scalar
+    lowest: Scalar
+    rayleigh: Scalar
+    status: Int[Array, ""]
+    decades: Scalar
+
+
+def _learnt(
+    spectrum: Packed[Spectrum], packed: Packed[Scalars], unit: Scalar, first: Scalar | None, last: Scalar
+) -> _Learnt:
+    """At the end of a run; `first` and `last` are rᵀM⁻¹r, the first of them None without a preconditioner."""
+    seen, s = spectrum.tree, packed.tree
+    return _Learnt(
+        num_matvecs=s.num_matvecs,
+        residual_norm=jnp.sqrt(s.residual_square) / unit,
+        solution_norm=jnp.sqrt(s.x_square) / unit,
+        curvature_min=1 / seen.ritz.low,
+        curvature_max=seen.ritz.high,
+        norm=seen.ritz.high if s.norm is None else s.norm,
+        lowest=jnp.minimum(s.rayleigh, s.metric / seen.ritz.low),
+        rayleigh=s.rayleigh,
+        status=s.status,
+        decades=jnp.zeros_like(last) if first is None else 0.5 * jnp.log10(first / last),
     )
-    return tree_scale(1 / unit, last.x), info
+
+
+_BEFORE_FIRST = one_kernel(before_first)
+_AFTER_PRODUCT = one_kernel(after_product)
+_AFTER_STEP = one_kernel(after_step)
+_LEARNT = one_kernel(_learnt)
 
 
 def negated(matvec: MatVec) -> MatVec:

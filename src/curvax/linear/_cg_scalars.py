@@ -1,10 +1,14 @@
 """The scalar side of conjugate gradients: step lengths, what is known of the spectrum, and when to stop."""
 
+import functools as ft
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Scalar
+from jaxtyping import Array, Bool, Int, Scalar
+
+from curvax._control import Packed, pack
 
 # How a run stands. Everything above RUNNING stops the loop.
 RUNNING, CONVERGED, PRECISION_LIMITED, SINGULAR, INDEFINITE, NONFINITE = range(6)
@@ -21,7 +25,7 @@ class Ritz(NamedTuple):
     """
 
     low: Scalar  # ‖uᵀL⁻¹‖² for the current best unit vector u
-    overlap: Scalar  # uᵀ L⁻¹ L⁻ᵀ e_k
+    overlap_square: Scalar  # of uᵀ L⁻¹ L⁻ᵀ e_k
     last_row: Scalar  # ‖e_kᵀ L⁻¹‖²
     high: Scalar
     inverse_alpha: Scalar  # 1/α of the last step
@@ -34,157 +38,220 @@ class StoppingTest(NamedTuple):
     atol: Scalar | float
     known_min: Scalar | None
     amplified: Bool[Array, ""] | bool
+    max_steps: Int[Array, ""] | int
     floor_of_singular: float
 
 
-class Scalars(NamedTuple):
-    """What the loop carries besides its vectors."""
+class Spectrum(NamedTuple):
+    """What the coefficients say of A, and the next direction."""
 
-    test: StoppingTest
-    rhs_norm: Scalar
-    gamma: Scalar  # rᵀ M⁻¹ r
-    direction: Scalar  # pᵀ M p
-    beta: Scalar
-    deviation: Scalar  # estimate of ‖(b − Ax) − r‖, the drift of the recursive residual
     ritz: Ritz
-    norm: Scalar
+    beta: Scalar
+    direction: Scalar  # pᵀ M p
+
+
+class Scalars(NamedTuple):
+    """What else the loop carries besides its vectors. `x_dot_p` is None with a preconditioner: x is measured then."""
+
+    rhs_norm: Scalar
+    deviation: Scalar  # estimate of ‖(b − Ax) − r‖, the drift of the recursive residual
     rayleigh: Scalar  # smallest pᵀAp/pᵀp and xᵀAx/xᵀx
     metric: Scalar  # smallest zᵀMz/zᵀz
-    x_norm: Scalar
+    norm: Scalar | None  # largest ‖Ap‖/‖p‖, None where the Ritz values stand for it
+    energy: Scalar  # xᵀAx
+    x_square: Scalar
+    x_dot_p: Scalar | None
+    residual_square: Scalar
     num_matvecs: Int[Array, ""]
-    replace: Bool[Array, ""]
     status: Int[Array, ""]
+
+
+class Open(NamedTuple):
+    """The scalars that the vectors wait for, each an array of its own."""
+
+    gamma: Scalar  # rᵀ M⁻¹ r
+    replace: Bool[Array, ""]
+    going: Bool[Array, ""]
+    staying: Bool[Array, ""]  # going on in the inner loop
 
 
 class Known(NamedTuple):
     """What is known before the first step: see `Scalars`."""
 
-    norm: Scalar
-    rayleigh: Scalar
-    metric: Scalar
+    norm: Scalar | float
+    rayleigh: Scalar | float
+    metric: Scalar | float
 
 
-class Step(NamedTuple):
-    """What the product Ap of a turn says."""
-
-    alpha: Scalar
-    advance: Bool[Array, ""]  # an ordinary step along a direction of positive curvature
-    squares: tuple[Scalar, Scalar, Scalar]  # pᵀp, pᵀAp, ‖Ap‖²
-    ritz: Ritz
-    norm: Scalar
+Terms = tuple[Scalar, ...]  # of a sum
 
 
-# What is read of the Gram matrix of the iterate, the residual, the right-hand side and, where that is not the iterate,
-# the total that the error is relative to.
-SQUARES = ((0, 0), (1, 1), (0, 2), (3, 3))
+class Squares(NamedTuple):
+    """Inner products of a turn, yet to be added up. What is None follows from the recurrences."""
 
-
-def _top_eigenpair(a: Array, b: Array, d: Array) -> tuple[Array, Array, Array]:
-    """Largest eigenvalue of [[a, b], [b, d]] and its unit eigenvector (s, c)."""
-    half = 0.5 * (a - d)
-    radius = jnp.sqrt(half * half + b * b)
-    top = 0.5 * (a + d) + radius
-    # Two formulas for the same vector: take the one without cancellation.
-    s = jnp.where(a >= d, half + radius, b)
-    c = jnp.where(a >= d, b, radius - half)
-    length = jnp.sqrt(s * s + c * c)
-    safe = jnp.where(length > 0, length, 1)
-    return top, jnp.where(length > 0, s / safe, 1.0), c / safe
+    curvature: Terms  # pᵀAp
+    residual: Terms  # ‖r‖²
+    total: Terms | None  # of what the error is relative to
+    direction: Terms | None  # pᵀp
+    product: Terms | None  # ‖Ap‖²
+    solution: Terms | None  # xᵀx
 
 
 def _update_ritz(ritz: Ritz, alpha: Scalar, beta: Scalar) -> Ritz:
     ratio_squared = beta * ritz.inverse_alpha * alpha  # (ℓ/ν)²
-    tau = -jnp.sqrt(ratio_squared) * ritz.overlap
-    omega = ratio_squared * ritz.last_row + alpha
-    low, s, c = _top_eigenpair(ritz.low, tau, omega)
-    row = 1 / alpha + (beta + jnp.sqrt(beta)) * ritz.inverse_alpha
-    return Ritz(low, s * tau + c * omega, omega, jnp.maximum(ritz.high, row), 1 / alpha)
+    # The largest eigenvalue μ of [[a, b], [b, d]] with b = −√(ratio²) · overlap, and the last entry c of its unit
+    # eigenvector: b s + d c = μ c is the new overlap. Signs do not matter, so that squares will do.
+    b_square = ratio_squared * ritz.overlap_square
+    d = ratio_squared * ritz.last_row + alpha
+    half = 0.5 * (ritz.low - d)
+    radius = jnp.sqrt(half * half + b_square)
+    top = ritz.low - half + radius
+    # Two formulas for c²: the one without cancellation.
+    wide = radius + jnp.abs(half)
+    c_square = jnp.where(half > 0, b_square, wide * wide) / (2 * radius * wide)
+    overlap_square = jnp.where(radius > 0, top * top * c_square, 0)
+    inverse_alpha = 1 / alpha
+    row = inverse_alpha + (beta + jnp.sqrt(beta)) * ritz.inverse_alpha
+    return Ritz(top, overlap_square, d, jnp.maximum(ritz.high, row), inverse_alpha)
 
 
-def before_first(test: StoppingTest, rhs_square: Scalar, gamma: Scalar, known: Known) -> Scalars:
-    """The scalars of the first turn, from bᵀb and bᵀM⁻¹b."""
-    zero = jnp.zeros_like(gamma)
-    rhs_norm = jnp.sqrt(rhs_square)
+def added(terms: Terms) -> Scalar:
+    """Their sum."""
+    return ft.reduce(operator.add, terms)
+
+
+def before_first(
+    max_steps: Int[Array, ""] | int, rhs_square: Terms, gamma: Scalar | None, known: Known
+) -> tuple[Packed[Spectrum], Packed[Scalars], Open]:
+    """The scalars of the first turn, from bᵀb and bᵀM⁻¹b (None where that is the same)."""
+    square = added(rhs_square)
+    plain, zero, rhs_norm = gamma is None, jnp.zeros_like(square), jnp.sqrt(square)
+    gamma = square if gamma is None else gamma
     # A preconditioner that is not positive definite shows as γ ≤ 0 with r ≠ 0.
     status = jnp.where(rhs_norm == 0, CONVERGED, jnp.where(gamma > 0, RUNNING, INDEFINITE))
-    return Scalars(
-        test=test,
-        rhs_norm=rhs_norm,
-        gamma=gamma,
-        direction=gamma,
-        beta=zero,
-        deviation=zero,
+    status = jnp.where(jnp.isfinite(rhs_norm + gamma), status, NONFINITE).astype(jnp.int32)
+    norm, rayleigh, metric = (jnp.asarray(value, square.dtype) for value in known)
+    spectrum = Spectrum(
         ritz=Ritz(zero, zero, zero, zero, zero),
-        norm=known.norm,
-        rayleigh=known.rayleigh,
-        metric=known.metric,
-        x_norm=zero,
-        num_matvecs=jnp.zeros((), jnp.int32),
-        replace=jnp.asarray(False),
-        status=jnp.where(jnp.isfinite(rhs_norm + gamma), status, NONFINITE).astype(jnp.int32),
+        beta=zero,
+        direction=gamma,
     )
+    scalars = Scalars(
+        rhs_norm=rhs_norm,
+        deviation=zero,
+        rayleigh=rayleigh,
+        metric=metric,
+        norm=None if plain else norm,
+        energy=zero,
+        x_square=zero,
+        x_dot_p=zero if plain else None,
+        residual_square=square,
+        num_matvecs=jnp.zeros((), jnp.int32),
+        status=status,
+    )
+    going = (status == RUNNING) & (max_steps > 0)
+    return pack(spectrum), pack(scalars), Open(gamma, jnp.asarray(False), going, going)
 
 
-def step_length(s: Scalars, gram: Float[Array, "2 2"]) -> Step:
-    """The step along p, from the Gram matrix of p and Ap; 0 along a direction without positive curvature."""
-    p_dot_p, curvature, product_squared = squares = gram[0, 0], gram[0, 1], gram[1, 1]
-    norm = jnp.where(s.replace, s.norm, jnp.maximum(s.norm, jnp.sqrt(product_squared / p_dot_p)))
-    advance = ~s.replace & (curvature > 0)
-    alpha = jnp.where(advance, s.gamma / curvature, 0)
-    ritz = _update_ritz(s.ritz, alpha, s.beta)
-    ritz = jax.tree.map(lambda new, old: jnp.where(advance, new, old), ritz, s.ritz)
-    return Step(alpha, advance, squares, ritz, norm)
+def after_product(
+    packed: Packed[Spectrum], now: Open, alpha: Scalar, squares: Squares, measured: Scalar | None
+) -> tuple[Packed[Spectrum], Scalar, Scalar, Scalar]:
+    """The spectrum as the next turn will know it, unchanged where there was no step; its β; ‖r‖²; pᵀAp of this turn.
+
+    Args:
+        packed: That of this turn.
+        now: Of this turn.
+        alpha: The step that was taken, 0 if there was none.
+        squares: Inner products.
+        measured: rᵀM⁻¹r after the step, None where that is ‖r‖².
+    """
+    square = added(squares.residual)
+    gamma = square if measured is None else measured
+    s, beta = packed.tree, gamma / now.gamma
+    after = Spectrum(_update_ritz(s.ritz, alpha, s.beta), beta, gamma + beta * beta * s.direction)
+    advanced = jax.tree.map(lambda new, old: jnp.where(alpha > 0, new, old), pack(after), packed)
+    return advanced, advanced.pick(lambda s: s.beta), square, added(squares.curvature)
 
 
 def after_step(
-    s: Scalars,
-    step: Step,
-    gram: Float[Array, "n n"],
+    test: StoppingTest,
+    packed: Packed[Scalars],
+    before: Packed[Spectrum],
+    spectrum: Packed[Spectrum],
+    now: Open,
+    alpha: Scalar,
+    curvature: Scalar,
+    residual_square: Scalar,
+    squares: Squares,
     preconditioned: tuple[Scalar, Scalar | None] | None,
-) -> Scalars:
-    """The scalars of the next turn.
+) -> tuple[Packed[Scalars], Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
+    """The scalars of the next turn, and what is in `Open` of it besides γ.
+
+    Without a preconditioner the residuals are orthogonal to x and to each other, so that ‖p‖², ‖x‖² and xᵀp follow
+    from the coefficients, in sums of terms that are not negative (T. Steihaug, 1983); xᵀAx = xᵀb = Σ αγ always does.
 
     Args:
-        s: Those of this turn.
-        step: The step that was taken.
-        gram: Inner products of the vectors after the step, see `SQUARES`.
+        test: When to stop.
+        packed: Those of this turn.
+        before: The spectrum of this turn.
+        spectrum: That of the next turn.
+        now: Of this turn.
+        alpha: The step that was taken, 0 if there was none.
+        curvature: pᵀAp.
+        residual_square: ‖r‖², after the step.
+        squares: Other inner products, after the step.
         preconditioned: rᵀM⁻¹r and zᵀMz/zᵀz, None where there is nothing but the identity; the second is None where
             directions are recycled and nothing else.
     """
-    (p_dot_p, curvature, product_squared), advance, norm = step.squares, step.advance, step.norm
-    test, dtype = s.test, gram.dtype
-    eps = jnp.finfo(dtype).eps
-    gamma, metric = gram[1, 1], s.metric
+    s, seen, replace, advance = packed.tree, spectrum.tree, now.replace, alpha > 0
+    dtype, ritz = alpha.dtype, spectrum.tree.ritz
+    finite = curvature
+    broken = ~(replace | (curvature > 0))
+    if squares.direction is None or squares.product is None:
+        p_dot_p, norm = before.pick(lambda b: b.direction), ritz.high
+    else:
+        p_dot_p, stretch = added(squares.direction), added(squares.product)
+        finite += stretch
+        assert s.norm is not None
+        norm = jnp.where(replace, s.norm, jnp.maximum(s.norm, jnp.sqrt(stretch / p_dot_p)))
+    energy, x_dot_p = s.energy + alpha * now.gamma, s.x_dot_p
+    if x_dot_p is None:
+        assert squares.solution is not None
+        x_square = added(squares.solution)
+    else:
+        moved = alpha * p_dot_p
+        x_square = s.x_square + alpha * (2 * x_dot_p + moved)
+        x_dot_p = jnp.where(advance, seen.beta * (x_dot_p + moved), x_dot_p)
+    eps = float(jnp.finfo(dtype).eps)
+    residual_norm = jnp.sqrt(residual_square)
+    gamma, metric = residual_square, s.metric
     if preconditioned is not None:
-        gamma, seen = preconditioned
-        metric = metric if seen is None else jnp.minimum(metric, seen)
-    total = 3 if len(gram) > 3 else 0
-    x_norm, residual_norm, total_norm = (jnp.sqrt(gram[i, i]) for i in (0, 1, total))
-    # xᵀb = xᵀAx, because r ⟂ x.
-    own_rayleigh = gram[0, 2] / jnp.where(x_norm > 0, x_norm * x_norm, 1)
-    witness = jnp.minimum(curvature / p_dot_p, jnp.where(x_norm > 0, own_rayleigh, jnp.inf))
+        gamma, least = preconditioned
+        metric = metric if least is None else jnp.minimum(metric, least)
+    x_norm = jnp.sqrt(x_square)
+    total_norm = x_norm if squares.total is None else jnp.sqrt(added(squares.total))
+    quotient, lowest = curvature / p_dot_p, 1 / ritz.low
+    own_rayleigh = jnp.where(x_square > 0, energy / x_square, jnp.inf)
+    witness = jnp.minimum(quotient, own_rayleigh)
     rayleigh = s.rayleigh
     if preconditioned is not None:
-        rayleigh = jnp.where(advance, jnp.minimum(rayleigh, witness), rayleigh)
+        rayleigh = jnp.where(replace, rayleigh, jnp.minimum(rayleigh, witness))
     # A direction without positive curvature ends the run: it is what there is to report.
-    broken = ~(s.replace | advance)
-    rayleigh = jnp.where(broken, jnp.minimum(rayleigh, curvature / p_dot_p), rayleigh)
-    rounding = eps * (norm * x_norm + s.rhs_norm)
-    deviation = jnp.where(s.replace, rounding, s.deviation + eps * (norm * x_norm + residual_norm))
-    smallest = jnp.minimum(rayleigh, metric / step.ritz.low)
+    rayleigh = jnp.where(broken, jnp.minimum(rayleigh, quotient), rayleigh)
+    level = norm * x_norm
+    rounding = eps * (level + s.rhs_norm)
+    deviation = jnp.where(replace, rounding, s.deviation + eps * (level + residual_norm))
+    smallest = jnp.minimum(rayleigh, metric * lowest)
     if test.known_min is not None:
         smallest = jnp.minimum(test.known_min, smallest)
-
-    beta = jnp.where(advance, gamma / s.gamma, s.beta)
-    direction = jnp.where(s.replace, s.direction, gamma + beta * beta * s.direction)
-    shrink = jnp.sqrt(gamma / direction)
     # A direction with a small eigenvalue may not have shown itself in one or two steps.
     wanted = test.rtol * jnp.where(s.num_matvecs < 3, 0.1, 1.0).astype(dtype)
     tighten: Scalar | int = 1
     if test.amplified is not False:
         tighten = jnp.where(test.amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
     measured = residual_norm if preconditioned is None else jnp.sqrt(metric * gamma)
-    met = shrink * measured + deviation <= smallest * tighten * jnp.maximum(wanted * total_norm, test.atol)
+    allowed = smallest * tighten * jnp.maximum(wanted * total_norm, test.atol)
+    met = jnp.sqrt(gamma / seen.direction) * measured + deviation <= allowed
 
     # Each line overrides those before it.
     status = jnp.where(met | (gamma == 0), CONVERGED, RUNNING)
@@ -192,26 +259,27 @@ def after_step(
     status = jnp.where(residual_norm <= rounding, PRECISION_LIMITED, status)
     status = jnp.where(gamma < 0, INDEFINITE, status)
     # In a long run lost orthogonality pushes the Ritz value below the spectrum: a vector must bear it out.
-    unseen = 1 / step.ritz.low <= test.floor_of_singular * step.ritz.high
-    borne_out = advance & (witness <= 6 * test.floor_of_singular * norm)
+    unseen = lowest <= test.floor_of_singular * ritz.high
+    borne_out = ~replace & (witness <= 6 * test.floor_of_singular * norm)
     status = jnp.where(unseen & borne_out, SINGULAR, status)
     at_rounding = jnp.abs(curvature) <= test.floor_of_singular * norm * p_dot_p
     status = jnp.where(broken, jnp.where(at_rounding, SINGULAR, INDEFINITE), status)
-    status = jnp.where(jnp.isfinite(curvature + product_squared + gamma), status, NONFINITE)
-    drifted = (deviation > jnp.sqrt(eps) * residual_norm) & (deviation > 10 * rounding)
-    return Scalars(
-        test=test,
+    status = jnp.where(jnp.isfinite(finite + gamma), status, NONFINITE).astype(jnp.int32)
+    drifted = (deviation > eps**0.5 * residual_norm) & (deviation > 10 * rounding)
+    num_matvecs = s.num_matvecs + 1
+    scalars = Scalars(
         rhs_norm=s.rhs_norm,
-        gamma=gamma,
-        direction=direction,
-        beta=beta,
         deviation=deviation,
-        ritz=step.ritz,
-        norm=norm,
         rayleigh=rayleigh,
         metric=metric,
-        x_norm=x_norm,
-        num_matvecs=s.num_matvecs + 1,
-        replace=~s.replace & drifted,
-        status=status.astype(jnp.int32),
+        norm=None if s.norm is None else norm,
+        energy=energy,
+        x_square=x_square,
+        x_dot_p=x_dot_p,
+        residual_square=residual_square,
+        num_matvecs=num_matvecs,
+        status=status,
     )
+    going = (status == RUNNING) & (num_matvecs < test.max_steps)
+    after = ~replace & drifted
+    return pack(scalars), after, going, going & ~(replace | after)

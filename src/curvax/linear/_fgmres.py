@@ -19,6 +19,7 @@ from curvax.linear._system import (
     preconditioner_of,
     start_and_residual,
     tolerance,
+    traced_once,
     transposed_options,
 )
 
@@ -81,6 +82,7 @@ class FGMRES(lx.AbstractLinearSolver[_State]):
         check_square("FGMRES", operator)
         return lx.linearise(operator)
 
+    @traced_once
     @in_units
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]

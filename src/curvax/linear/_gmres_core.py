@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from curvax._control import run_if
+from curvax._control import one_kernel
 from curvax._pytree import tree_add, tree_dtype, tree_norm, tree_size, tree_sub, tree_where
 from curvax.linear._system import MatVec
 from curvax.operators._dense import ravel, structure_of, unravel
@@ -55,14 +55,59 @@ def _orthogonalised(
     """w orthogonal to the rows, its coefficients, its norm then and before; a second time where much has cancelled."""
     before = jnp.linalg.norm(w)
 
-    def project(c: tuple[Array, Array, Scalar]) -> tuple[Array, Array, Scalar]:
+    def project(c: tuple[Array, Array, Scalar, Array]) -> tuple[Array, Array, Scalar, Array]:
         found = _dot(basis, c[0])
         w = c[0] - _dot(found, basis)
-        return w, c[1] + found, jnp.linalg.norm(w)
+        return w, c[1] + found, jnp.linalg.norm(w), c[3] + 1
 
-    once = project((w, jnp.zeros(len(basis), w.dtype), before))
-    w, coefficients, after = run_if(once[2] <= _ENOUGH * before, project, once)
+    def cancelled(c: tuple[Array, Array, Scalar, Array]) -> Array:
+        return (c[3] == 0) | ((c[2] <= _ENOUGH * before) & (c[3] == 1))
+
+    start = (w, jnp.zeros(len(basis), w.dtype), before, jnp.asarray(0))
+    w, coefficients, after, _ = jax.lax.while_loop(cancelled, project, start)
     return w, coefficients, after, before
+
+
+class _Rotation(NamedTuple):
+    """A step's Givens rotation, and what it says."""
+
+    cosine: Scalar
+    sine: Scalar
+    pivot: Scalar
+    head: Scalar  # the entries of the rotated right-hand side
+    tail: Scalar
+    height: Scalar
+    scale: Scalar  # of the new vector, 0 if there is none
+    usable: Bool[Array, ""]
+    finished: Bool[Array, ""]
+
+
+def _rotation(a: Scalar, height: Scalar, length: Scalar, head: Scalar, target: Scalar) -> _Rotation:
+    """Turn [a, height] into [pivot, 0]."""
+    eps = float(jnp.finfo(a.dtype).eps)
+    # The Krylov space is invariant: what is left of w is rounding.
+    invariant = height <= 10 * eps * length
+    height = jnp.where(invariant, 0, height)
+    pivot = jnp.sqrt(a * a + height * height)
+    # A zero pivot means a singular operator: leave the direction out.
+    usable = pivot > eps * length
+    inverse = 1 / jnp.where(usable, pivot, 1)
+    cosine, sine = jnp.where(usable, a * inverse, 0), jnp.where(usable, height * inverse, 1)
+    tail = -sine * head
+    return _Rotation(
+        cosine=cosine,
+        sine=sine,
+        pivot=jnp.where(usable, pivot, 1),
+        head=jnp.where(usable, cosine * head, 0),
+        tail=tail,
+        height=height,
+        scale=jnp.where(invariant, 0, 1 / jnp.where(height > 0, height, 1)),
+        usable=usable,
+        finished=invariant | ~(jnp.abs(tail) > target) | ~usable,
+    )
+
+
+_ROTATION = one_kernel(_rotation)
 
 
 def _cycle(
@@ -76,7 +121,6 @@ def _cycle(
 ) -> tuple[Float[Array, " n"], Int[Array, ""]]:
     """One Arnoldi cycle from residual r: the correction, and the steps taken."""
     dtype = r.dtype
-    eps = jnp.finfo(dtype).eps
     norm = jnp.linalg.norm(r)
     begin = _Cycle(
         basis=jnp.zeros((restart + 1, r.size), dtype).at[0].set(r / jnp.where(norm > 0, norm, 1)),
@@ -92,32 +136,22 @@ def _cycle(
         k = c.steps
         z = precondition(c.basis[k])
         w, coefficients, height, length = _orthogonalised(c.basis, matvec(z))
-        # The Krylov space is invariant: what is left of w is rounding.
-        invariant = height <= 10 * eps * length
-        height = jnp.where(invariant, 0, height)
-        column = _dot(c.rotations, coefficients.at[k + 1].set(height))
-        a, b = column[k], column[k + 1]
-        pivot = jnp.sqrt(a * a + b * b)
-        # A zero pivot means a singular operator: leave the direction out.
-        usable = pivot > eps * length
-        safe = jnp.where(usable, pivot, 1)
-        cosine, sine = jnp.where(usable, a / safe, 0), jnp.where(usable, b / safe, 1)
-        new = jnp.where(usable, column[:-1].at[k].set(pivot), jnp.zeros_like(column[:-1]).at[k].set(1))
-        head = c.rotated[k]
-        rotated = c.rotated.at[k].set(jnp.where(usable, cosine * head, 0)).at[k + 1].set(-sine * head)
+        # Those so far do not touch the height.
+        column = _dot(c.rotations, coefficients)
+        g = _ROTATION(column[k], height, length, c.rotated[k], target)
         upper, lower = c.rotations[k], c.rotations[k + 1]
-        mask = jnp.arange(restart) <= k
+        new = jnp.where(g.usable & (jnp.arange(restart) < k), column[:-1], 0).at[k].set(g.pivot)
         return _Cycle(
-            basis=c.basis.at[k + 1].set(jnp.where(height > 0, w / jnp.where(height > 0, height, 1), 0)),
+            basis=c.basis.at[k + 1].set(w * g.scale),
             directions=None if c.directions is None else c.directions.at[k].set(z),
-            triangle=c.triangle.at[:, k].set(jnp.where(mask, new, 0)),
+            triangle=c.triangle.at[:, k].set(new),
             rotations=c.rotations.at[k]
-            .set(cosine * upper + sine * lower)
+            .set(g.cosine * upper + g.sine * lower)
             .at[k + 1]
-            .set(cosine * lower - sine * upper),
-            rotated=rotated,
+            .set(g.cosine * lower - g.sine * upper),
+            rotated=c.rotated.at[k].set(g.head).at[k + 1].set(g.tail),
             steps=k + 1,
-            finished=invariant | ~(jnp.abs(sine * head) > target) | ~usable,
+            finished=g.finished,
         )
 
     def unfinished(c: _Cycle) -> Bool[Array, ""]:

@@ -17,6 +17,7 @@ from curvax.linear._system import (
     preconditioner_of,
     start_and_residual,
     tolerance,
+    traced_once,
     transposed_options,
 )
 from curvax.operators._structured import is_symmetric
@@ -89,6 +90,7 @@ class MINRES(lx.AbstractLinearSolver[_State]):
             )
         return lx.linearise(operator)
 
+    @traced_once
     @in_units
     def compute(
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]

@@ -32,6 +32,22 @@ _Compute = Callable[
 ]
 
 
+def traced_once(compute: _Compute) -> _Compute:
+    """`compute` of a linear solver, traced once where Lineax asks twice: for the shapes, and for the program."""
+    jitted = eqx.filter_jit(compute)
+
+    @ft.wraps(compute)
+    def cached(
+        self: Any, state: Any, vector: PyTree[Array], options: dict[str, Any]
+    ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
+        # While shapes are asked for there may be no mesh, and an empty one while the program is: the same to us, but
+        # not to JAX's cache.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            return jitted(self, state, vector, options)
+
+    return cached
+
+
 def in_units(compute: _Compute) -> _Compute:
     """`compute` of a linear solver in units in which the right-hand side is near one: no square vanishes or overflows.
 
