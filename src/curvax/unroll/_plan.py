@@ -14,12 +14,12 @@ from curvax.unroll._memory import Outer, Sizes, measure
 from curvax.unroll._schedule import MemoryBudget, candidates, named
 from curvax.unroll._step import Step, Walk
 
-# Time of a step in inner gradients, beside the runs of the path: of the product of mixed mode, of a step differentiated
-# in reverse from its start, of one whose tape was kept, and of one tangent of forward mode, which multiplies matrices
-# anew but shares the functions of single numbers with the step itself: of a loss of the former alone, of the latter.
-PRODUCT, REVERSED, TAPED, TANGENT, SHARING_TANGENT = 1.7, 2.1, 2.8, 1.1, 0.35
+# Time of a step in inner gradients, beside the runs of the path: differentiated in reverse from its start, or from its
+# tape; of the product of mixed mode; of one tangent of forward mode. For a loss of contractions alone and for one
+# without any: a tangent multiplies matrices anew, and shares the functions of single numbers with the step.
+REVERSED, TAPED, PRODUCT, TANGENT = (2.1, 2.1), (2.8, 2.0), (1.7, 2.7), (1.4, 0.28)
 # Operations of a contraction in the time that an elementwise one takes for a number.
-CONTRACTED_AT_ONCE = 16
+CONTRACTED_AT_ONCE = 8
 
 
 class Method(NamedTuple):
@@ -47,26 +47,33 @@ class Method(NamedTuple):
         return sizes.stored(self.lengths, num_steps, mixed=self.mode == "mixed", rounded=rounded)
 
 
-def adjoint_methods(mode: str, num_steps: int, *, stops: bool, rounded_to: Any = None) -> list[Method]:
-    """Reverse or mixed mode with every schedule, from the fastest on.
+def adjoint_methods(
+    mode: str, num_steps: int, contracted: float, *, stops: bool, rounded_to: Any = None
+) -> list[Method]:
+    """Reverse or mixed mode with every schedule, from the fastest on; `contracted` as for `contracted_part`.
 
     No tape of a path that may stop early: what a step reads, the data too, would be on it at each step. From a rounded
     state the gradient of the step is computed again.
     """
-    own = REVERSED if mode == "reverse" else PRODUCT if rounded_to is None else 1 + PRODUCT
+    own = _between(REVERSED if mode == "reverse" else PRODUCT, contracted)
+    own += mode == "mixed" and rounded_to is not None
     found = [
         Method(mode, lengths, len(lengths) + own, rounded_to=rounded_to) for lengths in candidates(num_steps)
     ]
     if mode == "reverse" and not stops and rounded_to is None:
-        found.append(Method(mode, None, 1 + TAPED))
+        found.append(Method(mode, None, 1 + _between(TAPED, contracted)))
     return sorted(found, key=lambda m: m.gradients)
 
 
 def forward_method(num_phi: int, contracted: float, chunk: int = CHUNK) -> Method:
-    """Forward mode; `contracted` is which part of the inner loss, by time, is contractions."""
+    """Forward mode; `contracted` as for `contracted_part`."""
     chunk = min(chunk, num_phi)
-    tangent = contracted * TANGENT + (1 - contracted) * SHARING_TANGENT
-    return Method("forward", (), -(-num_phi // chunk) + tangent * num_phi, chunk)
+    return Method("forward", (), -(-num_phi // chunk) + _between(TANGENT, contracted) * num_phi, chunk)
+
+
+def _between(prices: tuple[float, float], contracted: float) -> float:
+    """The price at this part of contractions."""
+    return contracted * prices[0] + (1 - contracted) * prices[1]
 
 
 def choose(
@@ -116,11 +123,11 @@ def choose(
         )
     adjoint = mode if mode in ("mixed", "reverse") else "reverse" if custom else "mixed"
     forward = with_forward and mode in ("auto", "forward")
-    num_phi, contracted = directions or tree_size(step.phi), contracted_part(step, walk) if forward else 1.0
+    num_phi, contracted = directions or tree_size(step.phi), contracted_part(step, walk)
     if isinstance(checkpoint, MemoryBudget):
         options = []
         if mode != "forward":
-            options = adjoint_methods(adjoint, num_steps, stops=stops, rounded_to=rounded_to)
+            options = adjoint_methods(adjoint, num_steps, contracted, stops=stops, rounded_to=rounded_to)
         if forward:
             options += [forward_method(num_phi, contracted, CHUNK >> i) for i in range(CHUNK.bit_length())]
         sizes = measure(step.in_mixed_mode() if adjoint == "mixed" else step, walk, outer)
@@ -140,8 +147,13 @@ def choose(
     if mode != "forward":
         tape = (mode, checkpoint) == ("reverse", "none") and not stops and rounded_to is None
         lengths = None if tape else named(checkpoint, num_steps)
-        options = adjoint_methods(adjoint, num_steps, stops=stops, rounded_to=rounded_to)
+        options = adjoint_methods(adjoint, num_steps, contracted, stops=stops, rounded_to=rounded_to)
         other = next(m for m in options if m.lengths == lengths)
+        if not asked and outer is not None and other.mode == "mixed" and lengths == (num_steps,):
+            # The tape of a loss without contractions is hardly more than the states and gradients.
+            tapes = adjoint_methods("reverse", num_steps, contracted, stops=stops, rounded_to=rounded_to)
+            taped = [m for m in tapes if m.lengths is None and walk.scaling is None]
+            other = min([other, *taped], key=lambda m: m.gradients)
         if not forward or other.gradients <= method.gradients:
             method = other
         elif not asked:

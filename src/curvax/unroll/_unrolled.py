@@ -49,8 +49,9 @@ class Unrolled(AbstractRule):
             what else the step does, and the model's own `jax.checkpoint`, is differentiated as ever. The loss must be
             free of `jax.custom_vjp`, and a `jax.custom_jvp` in it must be the derivative of a function, since mixed
             derivatives are taken to commute. "forward": one tangent for each number in φ, several at a time, and
-            nothing of the path is stored. "auto": what `cx.unroll.cost` takes for the fastest, forward
-            mode for a single hyperparameter, else mixed mode; reverse mode where the loss has a `jax.custom_vjp`.
+            nothing of the path is stored. "auto": what `cx.unroll.cost` takes for the fastest by what the
+            loss is made of: forward mode for a single hyperparameter, else mixed mode; for losses without matrix
+            products forward mode of a few, then reverse mode; that also where the loss has a `jax.custom_vjp`.
         checkpoint: What reverse and mixed mode store of the path. "none": every state (in reverse mode the whole tape
             of every step). "sqrt": two nested loops, about 2√T states, and the path is computed once more. "binomial":
             up to five nested loops, the fewest states that they can do with: k levels store about k·T^(1/k) states
