@@ -94,6 +94,9 @@ $(DEV): $(CORE)
 	$(BIN)/python $(PIP) --no-build-isolation --editable '.[docs,sparse,ode$(if $(EXTRAS),$(comma)$(EXTRAS))]' --group dev
 	@touch $@
 
+# With the peers in PyTorch, whose CUDA libraries are not the lock's; with JAX for CUDA (EXTRAS) without those peers.
 $(BENCH): $(BENCH_VENV)/.made pyproject.toml
-	$(BENCH_VENV)/bin/python $(PIP) --no-build-isolation --editable '.[benchmarks$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	grep -v '^nvidia' $(LOCK) > $(BENCH_VENV)/constraints.txt
+	$(BENCH_VENV)/bin/python $(if $(EXTRAS),$(PIP),$(subst $(LOCK),$(BENCH_VENV)/constraints.txt,$(PIP))) \
+	  --no-build-isolation --editable '.[benchmarks,$(or $(EXTRAS),peers)]'
 	@touch $@

@@ -315,6 +315,7 @@ def measure() -> harness.Report:
             f"MLP {'-'.join(map(str, SIZES))}, digits, {STEPS} full-batch steps, float32. Adam: its learning rate is a "
             "hyperparameter as well, and all get ε = 1e-12 inside the root, which only ours could do without. "
             "`difference` is from `jax.grad` through scan, in the same precision."
+            + ("" if installed("torch", "torchopt", "higher") else " TorchOpt and higher are not installed.")
         ),
         rows=rows,
         claims=claims,
