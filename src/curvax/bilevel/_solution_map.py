@@ -146,6 +146,12 @@ def solution_map(problem: Bilevel, inner_solver: Any, rule: AbstractRule) -> Cal
             "`inner_solver` `GradientFlow` gives hypergradients, not solution maps: its sensitivities are solved for "
             "along with it. Use `cx.hypergradient`, or for a solution map `cx.Steps` with small steps of `optax.sgd`."
         )
+    half = inner_solver.half if isinstance(inner_solver, Steps) else None
+    if half is not None and half.scales and isinstance(rule, Unrolled | OneStep):
+        raise ValueError(
+            "`half=HalfPrecision(jnp.float16)` of `inner_solver` guards first derivatives against overflow, and a "
+            "solution map has derivatives of every order. Use `jnp.bfloat16`, or `cx.hypergradient`."
+        )
     rule.check(stochastic_steps=False, has_rollout=isinstance(inner_solver, Steps))
     if isinstance(rule, OneStep) and not isinstance(problem.condition, FixedPoint):
         check_steps(inner_solver)

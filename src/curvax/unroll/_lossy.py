@@ -32,7 +32,7 @@ def from_rounded_start(run: Callable[[Any, Any], Any], dtype: Any) -> Callable[[
 
         def backward(stored: Any, cotangents: Any) -> tuple[Any, Any, Any]:
             closed_over, packed, slot = stored
-            given = (closed_over, restored(packed, walk), slot)
+            given = (closed_over, restored(packed, walk, dtype), slot)
             dynamic, rest = eqx.partition(given, eqx.is_inexact_array)
 
             def moved(dynamic: Any) -> Any:
@@ -51,24 +51,29 @@ def from_rounded_start(run: Callable[[Any, Any], Any], dtype: Any) -> Callable[[
 
 
 def rounded(tree: PyTree[Array], dtype: Any) -> PyTree:
-    """Wide floating-point leaves in half precision: (leaf, power of two that it was multiplied by)."""
+    """Wide floating-point leaves in half precision: (its bits, the power of two that it was multiplied by).
+
+    Bits, since XLA has no bfloat16 of its own on CPU and widens whole stacks of it.
+    """
 
     def pack(leaf: Array) -> Any:
         if not _is_wide(leaf):
             return leaf
         unit = tree_unit(leaf) if jnp.dtype(dtype) == jnp.float16 else jnp.ones((), jnp.float32)
-        return (leaf * unit.astype(leaf.dtype)).astype(dtype), unit
+        half = (leaf * unit.astype(leaf.dtype)).astype(dtype)
+        return jax.lax.bitcast_convert_type(half, jnp.uint16), unit
 
     return jax.tree.map(pack, tree)
 
 
-def restored(packed: PyTree, like: PyTree[Array]) -> PyTree[Array]:
-    """The leaves of `rounded` in the dtypes of `like`."""
+def restored(packed: PyTree, like: PyTree[Array], dtype: Any) -> PyTree[Array]:
+    """The leaves of `rounded` to `dtype` in the dtypes of `like`."""
 
     def unpack(leaf: Array, found: Any) -> Array:
         if not _is_wide(leaf):
             return found
-        return found[0].astype(leaf.dtype) / found[1].astype(leaf.dtype)
+        half = jax.lax.bitcast_convert_type(found[0], dtype)
+        return half.astype(leaf.dtype) / found[1].astype(leaf.dtype)
 
     return jax.tree.map(unpack, like, packed)
 
