@@ -82,8 +82,8 @@ class Unrolled(AbstractRule):
             neither `cx.Steps` nor `cx.GradientFlow`, or nothing fits the memory budget.
 
     Cost: T steps; about 2.7 inner gradients a step in mixed mode and one more for every further level, 1 + 1.4 m in
-        forward mode for m hyperparameters; without matrix products in the loss 3.7 and 1 + 0.3 m. Memory: the stored states and the working set of one step.
-        `cx.unroll.cost` predicts both.
+        forward mode for m hyperparameters; without matrix products in the loss 3.7 and 1 + 0.3 m. Memory: the stored
+        states and the working set of one step. `cx.unroll.cost` predicts both.
 
     Example:
         ```python
