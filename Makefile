@@ -62,7 +62,7 @@ bench: $(BENCH)
 lock: $(DEV)
 	@printf '%s\n' '# Exact versions for reproducible runs, used as pip constraints. Made by: make lock' > $(LOCK).new
 	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --upgrade \
-	  --extra docs --extra sparse --extra benchmarks --extra cuda13 --group dev --group build \
+	  --extra docs --extra sparse --extra ode --extra benchmarks --extra cuda13 --group dev --group build \
 	  --no-header --no-annotate >> $(LOCK).new
 	mv $(LOCK).new $(LOCK)
 
@@ -91,9 +91,12 @@ $(CORE): $(VENV)/.made pyproject.toml
 	@touch $@
 
 $(DEV): $(CORE)
-	$(BIN)/python $(PIP) --no-build-isolation --editable '.[docs,sparse$(if $(EXTRAS),$(comma)$(EXTRAS))]' --group dev
+	$(BIN)/python $(PIP) --no-build-isolation --editable '.[docs,sparse,ode$(if $(EXTRAS),$(comma)$(EXTRAS))]' --group dev
 	@touch $@
 
+# With the peers in PyTorch, whose CUDA libraries are not the lock's; with JAX for CUDA (EXTRAS) without those peers.
 $(BENCH): $(BENCH_VENV)/.made pyproject.toml
-	$(BENCH_VENV)/bin/python $(PIP) --no-build-isolation --editable '.[benchmarks$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	grep -v '^nvidia' $(LOCK) > $(BENCH_VENV)/constraints.txt
+	$(BENCH_VENV)/bin/python $(if $(EXTRAS),$(PIP),$(subst $(LOCK),$(BENCH_VENV)/constraints.txt,$(PIP))) \
+	  --no-build-isolation --editable '.[benchmarks,$(or $(EXTRAS),peers)]'
 	@touch $@

@@ -16,8 +16,8 @@ import problems
 
 import curvax as cx
 
-STEPS = 50
-REPEATS = 9
+STEPS = 20
+REPEATS = 7
 MANY = 1000
 NUMBERS = (1, 2, 8, MANY)
 MODELS: dict[str, Any] = {

@@ -122,6 +122,8 @@ STATUSES = [
     "adjoint_not_converged",
     "inner_not_converged",
     "precision_limited",
+    "chaotic_path",
+    "flow_not_finished",
 ]
 
 

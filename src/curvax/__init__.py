@@ -23,6 +23,8 @@ from curvax.implicit import Implicit as Implicit
 from curvax.implicit import Root as Root
 from curvax.unroll import FiniteDifference as FiniteDifference
 from curvax.unroll import FirstOrder as FirstOrder
+from curvax.unroll import GradientFlow as GradientFlow
+from curvax.unroll import HalfPrecision as HalfPrecision
 from curvax.unroll import MemoryBudget as MemoryBudget
 from curvax.unroll import OneStep as OneStep
 from curvax.unroll import Steps as Steps

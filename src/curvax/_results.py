@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         inner_not_converged: ClassVar["RESULTS"]
         precision_limited: ClassVar["RESULTS"]
         chaotic_path: ClassVar["RESULTS"]
+        flow_not_finished: ClassVar["RESULTS"]
         where: ClassVar[Any]
         promote: ClassVar[Any]
         error_if: ClassVar[Any]
@@ -81,6 +82,11 @@ else:
             "per cent on the way: in another order of operations the path would lead elsewhere, and its derivative "
             "would be another. Take smaller or fewer steps, clip the inner gradients, differentiate only the last "
             "steps (`cx.Unrolled(truncate=...)`), or compute in float64."
+        )
+        flow_not_finished = (
+            "The gradient flow did not get to its horizon: the solver spent its `max_steps`, or the horizon is no "
+            "positive number. Allow more steps, take an implicit solver (`diffrax.Kvaerno5()`) or looser tolerances, "
+            "shorten the horizon, or write it as the exponential of a hyperparameter."
         )
 
 

@@ -248,3 +248,31 @@ def test_finite_difference_with_an_optimiser_that_reads_the_loss():
 def test_wrong_displacements(value):
     with pytest.raises(ValueError, match="epsilon.*positive"):
         cx.FiniteDifference(value)
+
+
+@pytest.mark.parametrize("rule", ["every tangent", "random directions"])
+def test_estimated_bias_in_forward_mode(rule):
+    """Gradient descent with its rate and target as hyperparameters: the estimate beside what is missing."""
+    steps, truncate, rate = 60, 16, 0.35 / VALUES[-1]
+    if rule == "every tangent":
+        options, key = {"truncate": truncate}, None
+    else:
+        options, key = {"truncate": truncate, "directions": 64}, jax.random.key(1)
+    hg = on_case(cx.Unrolled("forward", **options), optax.sgd(rate), steps, key=key)
+    cut = on_case(cx.Unrolled("mixed", truncate=truncate), optax.sgd(rate), steps)
+    whole = on_case(cx.Unrolled("mixed"), optax.sgd(rate), steps)
+    missing = compare.absolute_error(cut.grad, whole.grad)
+    estimate = float(hg.stats.error_estimate)
+    if rule == "every tangent":
+        assert compare.relative_error(hg.grad, cut.grad) <= 1e-10
+        assert 0.5 <= estimate / missing <= 2
+    else:
+        # The bias, and the spread of the directions beside it.
+        spread = np.sqrt((hg.grad.size - 1) / 64) * np.linalg.norm(cut.grad)
+        assert 0.3 * (missing + spread) <= estimate <= 3 * (missing + spread)
+
+
+def test_one_step_in_forward_mode_has_no_estimate():
+    """It takes two to tell how contributions change."""
+    hg = on_case(cx.Unrolled("forward", truncate=1), optax.sgd(0.1 / VALUES[-1]), 8)
+    assert np.isnan(float(hg.stats.error_estimate)) and hg.result == cx.RESULTS.successful

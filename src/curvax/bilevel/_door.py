@@ -16,7 +16,8 @@ from curvax.bilevel._data import draw, is_sampler
 from curvax.bilevel._problem import Bilevel
 from curvax.implicit._condition import FixedPoint, Minimum, check_like, check_scalar
 from curvax.implicit._rule import AbstractRule, Task
-from curvax.unroll import Steps
+from curvax.unroll import GradientFlow, Steps
+from curvax.unroll._gradient_flow import Flow
 from curvax.unroll._rollout import Rollout
 
 MAX_INNER_STEPS = 20_000
@@ -58,9 +59,10 @@ def check_inner_solver(problem: Bilevel, inner_solver: Any) -> None:
     minimum = isinstance(problem.condition, Minimum)
     kinds: tuple[type, ...]
     if minimum:
-        kinds = (optx.AbstractMinimiser, Steps)
+        kinds = (optx.AbstractMinimiser, Steps, GradientFlow)
         wanted = (
-            "an Optimistix minimiser (`optx.LBFGS`, `optx.BFGS`, …) or `cx.Steps`, because `inner` is a loss"
+            "an Optimistix minimiser (`optx.LBFGS`, `optx.BFGS`, …), `cx.Steps` or `cx.GradientFlow`, because `inner` "
+            "is a loss"
         )
     elif isinstance(problem.condition, FixedPoint):
         kinds = (optx.AbstractFixedPointSolver, optx.AbstractRootFinder)
@@ -127,7 +129,8 @@ def tolerances_as_arrays(item: Any) -> Any:
 
     No damping at all is another program: directions are recycled only without it.
     """
-    names = [n for n in ("rtol", "atol", "damping", "tolerance") if isinstance(getattr(item, n, None), float)]
+    known = ("rtol", "atol", "damping", "tolerance", "horizon")
+    names = [n for n in known if isinstance(getattr(item, n, None), float)]
     names = [n for n in names if n != "damping" or item.damping != 0]
     if names:
         values = [jnp.asarray(getattr(item, name)) for name in names]
@@ -226,13 +229,18 @@ def make_task(
             jax.eval_shape(condition.fn, theta_dynamic, phi_dynamic, inner_batch), theta_dynamic, "inner"
         )
 
-    rollout = None
+    rollout: Any = None
     if isinstance(inner_solver, Steps):
         rollout = Rollout(inner_solver, condition.fn, theta_dynamic, phi_static, inner_data, steps_key)
 
         def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:
             end = rollout.end(phi_dynamic, start)
             return end.theta, end.taken, RESULTS.successful
+    elif isinstance(inner_solver, GradientFlow):
+        rollout = flow = Flow(inner_solver, condition.fn, theta_dynamic, phi_static, inner_batch)
+
+        def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:
+            return flow.end(phi_dynamic, start)
     else:
 
         def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:

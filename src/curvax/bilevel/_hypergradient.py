@@ -21,7 +21,7 @@ from curvax.bilevel._door import (
 from curvax.bilevel._problem import Bilevel
 from curvax.bilevel._state import check_state, initial_state, with_room
 from curvax.implicit._rule import AbstractRule, Outcome, State, Stats
-from curvax.unroll import Steps
+from curvax.unroll import GradientFlow, Steps
 
 
 class Hypergradient(eqx.Module):
@@ -122,8 +122,8 @@ def hypergradient(
         problem: The bilevel problem. Build it once: a fresh lambda compiles again.
         phi: Hyperparameters, any pytree with at least one floating-point array.
         theta0: Start of the inner solver, any pytree (an Equinox module, say); unused from a warm `state`.
-        inner_solver: An Optimistix solver of the kind that the inner problem needs, or `cx.Steps`. Its tolerances
-            decide how far the inner problem is solved before the rule's sweeps take over.
+        inner_solver: An Optimistix solver of the kind that the inner problem needs, `cx.Steps` or `cx.GradientFlow`.
+            Its tolerances decide how far the inner problem is solved before the rule's sweeps take over.
         rule: `cx.Implicit(...)` or `cx.Unrolled()`.
         inner_data: Third argument of the inner function: a pytree of arrays, or a sampler key -> batch.
         outer_data: The same for the outer function.
@@ -179,7 +179,7 @@ def hypergradient(
     check_data(inner_data, outer_data, state.key)
     rule.check(
         stochastic_steps=isinstance(inner_solver, Steps) and is_sampler(inner_data),
-        has_rollout=isinstance(inner_solver, Steps),
+        has_rollout=isinstance(inner_solver, Steps | GradientFlow),
     )
     phi, theta0, inner_data, outer_data = strong((phi, theta0, inner_data, outer_data))
     rule, inner_solver = tolerances_as_arrays(rule), tolerances_as_arrays(inner_solver)

@@ -17,7 +17,7 @@ from curvax.implicit._adjoint import implicit_solution
 from curvax.implicit._condition import FixedPoint, Minimum
 from curvax.implicit._implicit import Implicit
 from curvax.implicit._rule import AbstractRule
-from curvax.unroll import OneStep, Steps, Unrolled
+from curvax.unroll import GradientFlow, OneStep, Steps, Unrolled
 from curvax.unroll._one_step import check_steps
 from curvax.unroll._rollout import Rollout
 
@@ -117,7 +117,7 @@ def solution_map(problem: Bilevel, inner_solver: Any, rule: AbstractRule) -> Cal
         A `SolutionMap`.
 
     Raises:
-        TypeError: The inner solver is of the wrong kind.
+        TypeError: The inner solver is of the wrong kind, or a `cx.GradientFlow`.
         ValueError: The rule cannot serve this solver.
         RuntimeError: When called, the inner solver failed.
 
@@ -141,6 +141,17 @@ def solution_map(problem: Bilevel, inner_solver: Any, rule: AbstractRule) -> Cal
         raise TypeError(f"`problem` must be a `cx.Bilevel`, got {type(problem).__name__}.")
     check_rule(rule)
     check_inner_solver(problem, inner_solver)
+    if isinstance(inner_solver, GradientFlow):
+        raise TypeError(
+            "`inner_solver` `GradientFlow` gives hypergradients, not solution maps: its sensitivities are solved for "
+            "along with it. Use `cx.hypergradient`, or for a solution map `cx.Steps` with small steps of `optax.sgd`."
+        )
+    half = inner_solver.half if isinstance(inner_solver, Steps) else None
+    if half is not None and half.scales and isinstance(rule, Unrolled | OneStep):
+        raise ValueError(
+            "`half=HalfPrecision(jnp.float16)` of `inner_solver` guards first derivatives against overflow, and a "
+            "solution map has derivatives of every order. Use `jnp.bfloat16`, or `cx.hypergradient`."
+        )
     rule.check(stochastic_steps=False, has_rollout=isinstance(inner_solver, Steps))
     if isinstance(rule, OneStep) and not isinstance(problem.condition, FixedPoint):
         check_steps(inner_solver)

@@ -9,7 +9,7 @@ from curvax._pytree import promote_half, tree_size
 from curvax.implicit._condition import Minimum
 from curvax.unroll._measured import seconds_of_path, tried
 from curvax.unroll._memory import measure as sizes_of
-from curvax.unroll._plan import Method, adjoint_methods, forward_method, has_custom_vjp
+from curvax.unroll._plan import Method, adjoint_methods, contracted_part, forward_method, has_custom_vjp
 from curvax.unroll._rollout import Rollout
 from curvax.unroll._schedule import named
 from curvax.unroll._steps import Steps
@@ -148,13 +148,15 @@ def cost(
     step, walk = rollout.step(hyper)
     num_steps, num_phi = inner_solver.num_steps, tree_size(hyper)
     sizes = sizes_of(step, walk, outer)
-    methods = [
-        (method, sizes)
-        for method in [*adjoint_methods("reverse", num_steps, stops=sizes.stops), forward_method(num_phi)]
-    ]
+    contracted = contracted_part(step, walk)
+    methods = [(forward_method(num_phi, contracted), sizes)]
+    if walk.scaling is None:
+        methods += [(m, sizes) for m in adjoint_methods("reverse", num_steps, contracted, stops=sizes.stops)]
     if not has_custom_vjp(step, walk):
         sizes = sizes_of(step.in_mixed_mode(), walk, outer)
-        methods += [(method, sizes) for method in adjoint_methods("mixed", num_steps, stops=sizes.stops)]
+        methods += [
+            (method, sizes) for method in adjoint_methods("mixed", num_steps, contracted, stops=sizes.stops)
+        ]
     unit = seconds_of_path(rollout, hyper) / num_steps if measure else None
     rows = []
     for method, sizes in sorted(methods, key=lambda m: m[0].gradients):

@@ -11,9 +11,10 @@ from curvax._pytree import tree_add, tree_axpy, tree_dtype, tree_norm, tree_scal
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.unroll._gradient import gradient
 from curvax.unroll._outcome import check_rollout, extrapolated, outcome
-from curvax.unroll._path_stats import PathStats
+from curvax.unroll._path_stats import PathStats, num_repeated
 from curvax.unroll._reverse import Followed, tail
-from curvax.unroll._step import Step, Walk
+from curvax.unroll._rollout import Rollout
+from curvax.unroll._step import Step
 
 
 class FiniteDifference(AbstractRule):
@@ -76,6 +77,12 @@ class FiniteDifference(AbstractRule):
     def hypergradient(self, task: Task, state: State) -> Outcome:
         """One step and a difference of gradients."""
         rollout: Any = task.rollout
+        check_rollout("FiniteDifference", isinstance(rollout, Rollout))
+        if rollout.steps.half is not None:
+            raise ValueError(
+                "`rule=FiniteDifference()` subtracts two gradients, of which half precision would leave no digit. "
+                "Leave `half` of `Steps` out, or use `cx.OneStep()`."
+            )
         step, walk = rollout.step(task.phi)
         total, phi = rollout.steps.num_steps, task.phi
         start = tail(step, walk, total, 1)
@@ -105,7 +112,7 @@ class FiniteDifference(AbstractRule):
         found = Followed(
             value=outer_value,
             grad=tree_add(direct, share),
-            walk=Walk(end, end_state, count, start.walk.stopped),
+            walk=start.walk._replace(theta=end, state=end_state, taken=count),
             gradient_norms=start.all_norms(tree_norm(slope)[None]),
             derivative_norms=norms,
             num_clipped=jnp.zeros((), norms.dtype),
@@ -120,6 +127,7 @@ class FiniteDifference(AbstractRule):
             gradient_norms=found.gradient_norms,
             derivative_norms=norms,
             num_clipped=jnp.zeros((), jnp.int32),
+            num_repeated=num_repeated(found.walk),
         )
         rest = extrapolated(tree_norm(share).astype(norms.dtype), norms[count - 1] / norms[count], None)
         return outcome(task, state, step, found, path, rest + noise.astype(norms.dtype))

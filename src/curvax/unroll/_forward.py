@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from curvax._pytree import tree_add, tree_dot, tree_scale, tree_size
+from curvax.unroll._outcome import extrapolated
 from curvax.unroll._reverse import Followed, tail
 from curvax.unroll._rollout import Rollout
 from curvax.unroll._step import Step, Walk, initial_state
@@ -63,18 +64,27 @@ def by_tangents(
     chunk = min(chunk, size)
     num_chunks = -(-size // chunk)
     start = tail(step, walk, total, truncate)
+    late = start.num_steps // 2 if start.num_steps < total else 0
 
     def run(indices: Int[Array, " chunk"]) -> tuple[_Run, tuple[Array, PyTree[Array]], Array]:
-        directions = _basis(phi, indices) if drawn is None else _signs(phi, indices, drawn)
+        directions = basis(phi, indices) if drawn is None else _signs(phi, indices, drawn)
         frozen, _ = eqx.partition(start.walk, eqx.is_inexact_array)
         tangents = jax.tree.map(lambda leaf: jnp.zeros((chunk, *leaf.shape), leaf.dtype), frozen)
         if truncate is None or truncate >= total:
             tangents = tangents._replace(state=_started(rollout, walk.state, phi, directions))
-        end, tangents, norms, squares = _carried(step, start.walk, directions, tangents, start.num_steps)
+        parts = [(directions, tangents)]
+        early = start.num_steps - late
+        end, parts, norms, squares = _carried(step, start.walk, parts, early)
+        if late:
+            # What the older half contributes is carried on apart from what the later half adds.
+            parts = [(tree_scale(0, directions), parts[0][1]), (directions, tree_scale(0, parts[0][1]))]
+            end, parts, more_norms, more_squares = _carried(step, end, parts, late)
+            norms = jnp.concatenate([norms, more_norms])
+            squares = jnp.concatenate([squares[:-1], more_squares])
         value, (pull, direct) = jax.value_and_grad(outer, argnums=(0, 1))(end.theta, phi)
-        slopes = jax.vmap(lambda t: tree_dot(pull, t))(tangents.theta)
+        slopes = jnp.stack([jax.vmap(lambda t: tree_dot(pull, t))(t.theta) for _, t in parts])
         found = _Run(value, end, start.all_norms(norms), start.walk.taken, direct)
-        return found, (squares, _combined(slopes, directions)), slopes
+        return found, (squares, combined(jnp.sum(slopes, axis=0), directions)), slopes
 
     indices = jnp.arange(num_chunks * chunk, dtype=jnp.int32).reshape(num_chunks, chunk)
     if num_chunks == 1:
@@ -92,19 +102,43 @@ def by_tangents(
     if drawn is not None:
         squares, through = squares / size, tree_scale(1 / size, through)
         seen = sum(leaf.size for leaf, b in zip(jax.tree.leaves(phi), drawn.blind, strict=True) if not b)
-        spread = jnp.sqrt(max(seen - 1, 0) * jnp.sum(slopes**2)) / size
+        along = jnp.sum(slopes.reshape(-1, 2 if late else 1, chunk), axis=1)
+        spread = jnp.sqrt(max(seen - 1, 0) * jnp.sum(along**2)) / size
     norms = jnp.full(total + 1, jnp.nan, squares.dtype)
     norms = jax.lax.dynamic_update_slice(norms, jnp.sqrt(squares), (last.first,))
     norms = jnp.where(jnp.arange(total + 1, dtype=jnp.int32) <= last.walk.taken, norms, jnp.nan)
     grad = tree_add(last.direct, through)
     none = jnp.zeros((), squares.dtype)
-    return Followed(last.value, grad, last.walk, last.gradient_norms, norms, none, None, spread)
+    bias = None
+    if late:
+        # (…, halves, …): by the older half and by the later one.
+        older, later = jnp.sqrt(
+            jnp.sum(slopes.reshape(-1, 2, chunk) ** 2, axis=(0, 2)) / (1 if drawn is None else size)
+        )
+        left = jnp.maximum(last.walk.taken - start.num_steps, 0).astype(older.dtype) / late
+        bias = extrapolated(older, jnp.minimum(older / later, 1), left)
+    elif start.num_steps < total:
+        bias = jnp.full((), jnp.nan, squares.dtype)
+    return Followed(last.value, grad, last.walk, last.gradient_norms, norms, none, None, spread, bias)
+
+
+# Directions in φ and the tangents of a walk along them.
+_Part = tuple[PyTree[Array], Any]
 
 
 def _carried(
-    step: Step, walk: Walk, directions: PyTree[Array], tangents: Any, num_steps: int
-) -> tuple[Walk, Any, Array, Array]:
-    """The end of the path, its tangents, the gradient norms at its points and ‖dθ/dφ‖² at each and at the end."""
+    step: Step, walk: Walk, parts: Sequence[_Part], num_steps: int
+) -> tuple[Walk, list[_Part], Array, Array]:
+    """The end of the path, its tangents, the gradient norms at its points and ‖dθ/dφ‖² at each and at the end.
+
+    With several parts dθ/dφ is their sum.
+    """
+    number = len(parts)
+    directions, tangents = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def square_of(tangents: Any) -> Array:
+        together = jax.tree.map(lambda t: sum(jnp.split(t, number)), tangents.theta)
+        return tree_dot(together, together)
 
     def push(walk: Walk, tangents: Any) -> tuple[Walk, Any, Array]:
         dynamic, rest = eqx.partition(walk, eqx.is_inexact_array)
@@ -121,7 +155,7 @@ def _carried(
 
     def body(carry: tuple[Walk, Any], _: None) -> tuple[tuple[Walk, Any], tuple[Array, Array]]:
         walk, tangents = carry
-        square = tree_dot(tangents.theta, tangents.theta)
+        square = square_of(tangents)
         if walk.stopped is None:
             after, moved, norm = push(walk, tangents)
         else:
@@ -130,7 +164,11 @@ def _carried(
         return (after, moved), (norm, square)
 
     (walk, tangents), (norms, squares) = jax.lax.scan(body, (walk, tangents), length=num_steps)
-    return walk, tangents, norms, jnp.append(squares, tree_dot(tangents.theta, tangents.theta))
+    split = [
+        jax.tree.map(lambda leaf, i=i: jnp.split(leaf, number)[i], (directions, tangents))
+        for i in range(number)
+    ]
+    return walk, split, norms, jnp.append(squares, square_of(tangents))
 
 
 def _started(rollout: Rollout, like: PyTree, phi: PyTree[Array], directions: PyTree[Array]) -> PyTree[Array]:
@@ -143,7 +181,7 @@ def _started(rollout: Rollout, like: PyTree, phi: PyTree[Array], directions: PyT
     return jax.vmap(lambda p: jax.jvp(state, (phi,), (p,))[1])(directions)
 
 
-def _basis(phi: PyTree[Array], indices: Int[Array, " chunk"]) -> PyTree[Array]:
+def basis(phi: PyTree[Array], indices: Int[Array, " chunk"]) -> PyTree[Array]:
     """The unit vectors of these numbers, in the shape of φ; zeros beyond the last one."""
     leaves, structure = jax.tree.flatten(phi)
     vectors, offset = [], 0
@@ -169,7 +207,7 @@ def _signs(phi: PyTree[Array], indices: Int[Array, " chunk"], drawn: Drawn) -> P
     return jax.tree.unflatten(structure, jax.vmap(one)(indices))
 
 
-def _combined(slopes: Float[Array, " chunk"], directions: PyTree[Array]) -> PyTree[Array]:
+def combined(slopes: Float[Array, " chunk"], directions: PyTree[Array]) -> PyTree[Array]:
     """Σ_k slopes_k · directions_k, exactly where each direction is a unit vector."""
     return jax.tree.map(
         lambda d: jnp.sum(slopes.astype(d.dtype).reshape(-1, *[1] * (d.ndim - 1)) * d, axis=0), directions

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 from jaxtyping import Array, PyTree
 
+from curvax.unroll._lossy import rounded
 from curvax.unroll._step import Step, Walk
 
 Outer = Callable[[PyTree[Array], PyTree[Array]], Array]
@@ -20,6 +21,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         state: A state of the path: θ, the optimiser's state, counters.
+        rounded: The same in half precision.
         theta: θ, and as much its gradient.
         working: What differentiating one step takes, or the outer loss if that is more.
         tape: What reverse mode stores of a step if nothing is to be computed again.
@@ -29,6 +31,7 @@ class Sizes(NamedTuple):
     """
 
     state: int
+    rounded: int
     theta: int
     working: int
     tape: int
@@ -36,7 +39,9 @@ class Sizes(NamedTuple):
     read: int
     stops: bool
 
-    def stored(self, lengths: tuple[int, ...] | None, num_steps: int, *, mixed: bool) -> int:
+    def stored(
+        self, lengths: tuple[int, ...] | None, num_steps: int, *, mixed: bool, rounded: bool = False
+    ) -> int:
         """With the states that nested loops of these lengths store, or with the tape of all steps."""
         if lengths is None:
             return num_steps * self.tape + 2 * self.state + self.working
@@ -45,6 +50,9 @@ class Sizes(NamedTuple):
         # A branch that may be skipped has a copy of what it reads, and that of a step of its tape.
         branches = len(lengths) if self.stops else int(math.prod(lengths) != num_steps)
         copies = branches * (self.read + self.state) + (self.tape if branches else 0)
+        if rounded:
+            in_hand = (2 * len(lengths) + 2) * self.state
+            return copies + sum(lengths) * self.rounded + in_hand + self.working
         return copies + states * self.state + (lengths[-1] * self.theta if mixed else 0) + self.working
 
     def carried(self, chunk: int) -> int:
@@ -74,6 +82,7 @@ def measure(step: Step, walk: Walk, outer: Outer | None) -> Sizes:
         working = max(working, _taken(final, traced, walk.theta, step.phi))
     return Sizes(
         state=_bytes(walk),
+        rounded=_bytes(jax.eval_shape(lambda w: rounded(w, jnp.bfloat16), walk)),
         theta=_bytes(walk.theta),
         working=working,
         tape=_tape(step, walk),
@@ -84,7 +93,8 @@ def measure(step: Step, walk: Walk, outer: Outer | None) -> Sizes:
 
 
 def _bytes(tree: PyTree) -> int:
-    arrays = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+    is_shape = lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+    arrays = jax.tree.leaves(eqx.filter(tree, is_shape))
     # A random key holds numbers of its own.
     plain = [
         jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

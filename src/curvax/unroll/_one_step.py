@@ -12,7 +12,7 @@ from curvax.implicit._influence import unreached
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.unroll._outcome import extrapolated, outcome, reported
 from curvax.unroll._path import follow
-from curvax.unroll._path_stats import PathStats
+from curvax.unroll._path_stats import PathStats, num_repeated
 from curvax.unroll._reverse import by_adjoint, tail
 from curvax.unroll._rollout import Rollout
 from curvax.unroll._steps import Steps
@@ -60,7 +60,7 @@ class OneStep(AbstractRule):
         if isinstance(task.condition, FixedPoint):
             return _of_map(task, state)
         rollout: Any = task.rollout
-        check_steps(None if rollout is None else rollout.steps)
+        check_steps(rollout.steps if isinstance(rollout, Rollout) else None)
         outer = lambda theta, phi: task.outer(theta, phi, task.outer_batch)
         step, walk = rollout.step(task.phi)
         # Differentiated as JAX does: the graph of a single step is no burden, and the loss may hold what it likes.
@@ -76,6 +76,7 @@ class OneStep(AbstractRule):
             gradient_norms=found.gradient_norms,
             derivative_norms=norms,
             num_clipped=jnp.zeros((), jnp.int32),
+            num_repeated=num_repeated(found.walk),
         )
         return outcome(
             task, state, step, found, path, extrapolated(shares[0], norms[count - 1] / norms[count], None)

@@ -102,7 +102,7 @@ def outcome(
 
 
 def extrapolated(
-    last: Float[Array, ""], change: Float[Array, ""], number: Int[Array, ""] | None
+    last: Float[Array, ""], change: Float[Array, ""], number: Int[Array, ""] | Float[Array, ""] | None
 ) -> Float[Array, ""]:
     """last·(ρ + ρ² + …) with ρ = `change`: so many terms, or without end where `number` is None."""
     ratio = jnp.where(change == 1, jnp.nan, change)

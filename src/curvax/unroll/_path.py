@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from curvax.unroll._lossy import from_rounded_start
 from curvax.unroll._step import GRADIENT, Step, Walk
 
 
@@ -30,6 +31,7 @@ def follow(
     slots: PyTree[Float[Array, " n"]] = None,
     *,
     keep_gradient: bool = False,
+    rounded_to: Any = None,
 ) -> tuple[Walk, Float[Array, " n"]]:
     """`num_steps` steps in a form that JAX differentiates in any way; ‖∇ℓ‖ at each, NaN at those not taken.
 
@@ -45,6 +47,7 @@ def follow(
         slots: For each step something to be differentiated with respect to; arrays of `num_steps` elements.
         keep_gradient: Store the gradient of each step of the last level: mixed mode needs nothing else of it, while
             reverse mode computes all that leads to it again in any case.
+        rounded_to: The dtype in which states are stored; None stores them as they are.
     """
     levels = (num_steps,) if lengths is None else lengths
     padding = math.prod(levels) - num_steps
@@ -64,14 +67,19 @@ def follow(
     run: Callable = lambda walk, slot: step_of(slot)(walk)
     if padding or walk.stopped is not None:
         run = ft.partial(unless_ended, run)
-    if lengths is not None:
+    if rounded_to is not None:
+        run = from_rounded_start(run, rounded_to)
+    elif lengths is not None:
         keep = jax.checkpoint_policies.save_only_these_names(*[GRADIENT] * keep_gradient)
         run = jax.checkpoint(run, policy=keep, prevent_cse=False)
     for level, length in enumerate(reversed(levels)):
         run = ft.partial(_loop, run, length)
         if level < len(levels) - 1:
             block = run if walk.stopped is None else ft.partial(unless_ended, run)
-            run = jax.checkpoint(block, prevent_cse=False)
+            if rounded_to is not None:
+                run = from_rounded_start(block, rounded_to)
+            else:
+                run = jax.checkpoint(block, prevent_cse=False)
     walk, norms = run(walk, slots)
     return walk, norms.reshape(-1)[:num_steps]
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from curvax.unroll._step import Walk
+
 
 class PathStats(eqx.Module):
     """How a path was differentiated and how it behaved: `hg.stats.path` of a rule that follows one.
@@ -22,6 +24,7 @@ class PathStats(eqx.Module):
         derivative_norms: ‖∂f/∂θ_i‖, the adjoint of the path at θ_i, for i = 0, …, n; in forward mode ‖dθ_i/dφ‖
             (Frobenius). NaN where no derivative was taken: before a truncated path begins, behind its end.
         num_clipped: Steps at which clipping changed the adjoint.
+        num_repeated: Steps whose gradient overflowed in float16 and was computed again.
     """
 
     mode: str = eqx.field(static=True)
@@ -32,6 +35,7 @@ class PathStats(eqx.Module):
     gradient_norms: Float[Array, " steps"]
     derivative_norms: Float[Array, " steps+1"]
     num_clipped: Int[Array, ""]
+    num_repeated: Int[Array, ""]
 
     @property
     def growth(self) -> Float[Array, ""]:
@@ -99,6 +103,11 @@ class PathStats(eqx.Module):
             f"{name} of the path: {norms[order[0]]:.2e} at θ_{order[0]}, at most {norms[largest]:.2e} "
             f"(at θ_{largest}), {norms[order[-1]]:.2e} at θ_{order[-1]}."
         )
+
+
+def num_repeated(walk: Walk) -> Int[Array, ""]:
+    """Of a path that has ended here."""
+    return jnp.zeros((), jnp.int32) if walk.scaling is None else walk.scaling.repeated
 
 
 _BLOWN_UP = (

@@ -19,7 +19,8 @@ class Followed(NamedTuple):
     """A path and its derivative.
 
     The norms are those of `PathStats`; `shares` is what each differentiated step contributed, `spread` the standard
-    error of an estimate from random directions; None where there are none.
+    error of an estimate from random directions, `bias` that of a truncated path in forward mode; None where there are
+    none.
     """
 
     value: Float[Array, ""]
@@ -30,6 +31,7 @@ class Followed(NamedTuple):
     num_clipped: Float[Array, ""]
     shares: Float[Array, " steps"] | None
     spread: Float[Array, ""] | None = None
+    bias: Float[Array, ""] | None = None
 
 
 class Tail(NamedTuple):
@@ -69,6 +71,7 @@ def by_adjoint(
     lengths: tuple[int, ...] | None,
     truncate: int | None,
     clip: optax.GradientTransformationExtraArgs | None,
+    rounded_to: Any = None,
 ) -> Followed:
     """The outer loss at the end of the path and its derivative.
 
@@ -80,6 +83,7 @@ def by_adjoint(
         lengths: As for `follow`, of the differentiated part.
         truncate: How many of the last steps to differentiate; None: all.
         clip: What the adjoint goes through before each step.
+        rounded_to: As for `follow`.
     """
     total = rollout.steps.num_steps
     num_steps = total if truncate is None else min(truncate, total)
@@ -96,7 +100,16 @@ def by_adjoint(
 
             return run
 
-        end, norms = follow(watched, start.walk, num_steps, total, lengths, slots, keep_gradient=step.mixed)
+        end, norms = follow(
+            watched,
+            start.walk,
+            num_steps,
+            total,
+            lengths,
+            slots,
+            keep_gradient=step.mixed,
+            rounded_to=rounded_to,
+        )
         theta = watch_theta(end.theta, last)
         return outer(theta, phi), (end, start.walk.taken, start.all_norms(norms))
 

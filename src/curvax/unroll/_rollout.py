@@ -47,7 +47,14 @@ class Rollout(eqx.Module):
         """The step at φ and where it starts; the user's loss is traced here, and only here."""
         theta = self.theta0 if start is None else start
         return build(
-            self.transformation, self.loss, theta, phi, self.data, self.key, tolerance=self.steps.tolerance
+            self.transformation,
+            self.loss,
+            theta,
+            phi,
+            self.data,
+            self.key,
+            tolerance=self.steps.tolerance,
+            half=self.steps.half,
         )
 
     def moved(self, step: Step, walk: Walk, phi: PyTree[Array]) -> tuple[Step, Walk]:

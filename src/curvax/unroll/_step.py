@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from curvax._pytree import tree_norm
 from curvax.unroll._flat_roots import with_flat_roots
 from curvax.unroll._gradient import gradient, mixed_gradient
+from curvax.unroll._half import HalfPrecision, Scaling, guarded_gradient
 
 # Under this name the gradient of a step is kept where the rest of the step is computed again.
 GRADIENT = "curvax.unroll.gradient"
@@ -23,12 +24,16 @@ Transformation = Callable[[PyTree[Array], Any], optax.GradientTransformationExtr
 
 
 class Walk(NamedTuple):
-    """Where a path has got to: θ, the optimiser's state, the steps taken, and whether it has stopped (or None)."""
+    """Where a path has got to: θ, the optimiser's state, the steps taken, whether it has stopped (or None).
+
+    And the scale of a loss in float16, or None.
+    """
 
     theta: PyTree[Array]
     state: PyTree
     taken: Int[Array, ""]
     stopped: Bool[Array, ""] | None
+    scaling: Scaling | None = None
 
 
 class Step(eqx.Module):
@@ -44,6 +49,8 @@ class Step(eqx.Module):
         value_dtype: Of the loss.
         uses_value: Whether the optimiser asks for the value of the loss.
         mixed: Whether the gradient is differentiated in mixed mode.
+        half: How the gradient is computed in half precision, or None.
+        narrow: The loss in half precision, traced once, or None.
     """
 
     loss: Callable
@@ -55,6 +62,8 @@ class Step(eqx.Module):
     value_dtype: Any = eqx.field(static=True)
     uses_value: bool = eqx.field(static=True)
     mixed: bool = eqx.field(static=True, default=False)
+    half: HalfPrecision | None = None
+    narrow: Callable | None = None
 
     def batch(self, count: Int[Array, ""]) -> PyTree:
         """The data of the step of this number."""
@@ -77,16 +86,29 @@ class Step(eqx.Module):
         """The same step, its gradient differentiated in mixed mode."""
         return Step(**{**vars(self), "mixed": True})
 
+    def in_full_precision(self) -> "Step":
+        """The same step without half precision."""
+        return Step(**{**vars(self), "half": None, "narrow": None})
+
+    def slope(self, walk: Walk, batch: PyTree) -> tuple[PyTree[Array], Scaling | None]:
+        """∇ℓ at a point, and how the loss is to be scaled from there on."""
+        loss = self.loss if self.narrow is None else self.narrow
+        if self.half is not None and walk.scaling is not None:
+            slope, sound = guarded_gradient(loss, self.loss, walk.theta, self.phi, batch, walk.scaling.value)
+            return slope, jax.lax.stop_gradient(self.half.next(walk.scaling, sound))
+        differentiated = mixed_gradient if self.mixed else gradient
+        return differentiated(loss, walk.theta, self.phi, batch), walk.scaling
+
     def __call__(self, walk: Walk) -> tuple[Walk, Float[Array, ""]]:
         """The next point and ‖∇ℓ‖ at this one."""
         batch = self.batch(walk.taken)
-        differentiated = mixed_gradient if self.mixed else gradient
-        slope = checkpoint_name(differentiated(self.loss, walk.theta, self.phi, batch), GRADIENT)
+        slope, scaling = self.slope(walk, batch)
+        slope = checkpoint_name(slope, GRADIENT)
         value = self.value(walk.theta, batch)
         theta, state = self.update(self.phi, slope, value, walk.state, walk.theta, batch, walk.taken)
         length = jax.lax.stop_gradient(tree_norm(slope))
         stopped = None if self.tolerance is None else length <= self.tolerance.astype(length.dtype)
-        return Walk(theta, state, walk.taken + 1, stopped), length
+        return Walk(theta, state, walk.taken + 1, stopped, scaling), length
 
 
 def initial_state(
@@ -107,6 +129,7 @@ def build(
     key: Array | None,
     *,
     tolerance: Float[Array, ""] | float | None,
+    half: HalfPrecision | None = None,
 ) -> tuple[Step, Walk]:
     """The step at these hyperparameters, and where it starts.
 
@@ -118,6 +141,7 @@ def build(
         data: The batch of every step, or a sampler key ↦ batch.
         key: Random key; None where nothing is drawn.
         tolerance: As in `Step`.
+        half: As in `Step`.
     """
     sampled = callable(data)
     batch = eqx.filter_eval_shape(data, key) if sampled else data
@@ -155,8 +179,11 @@ def build(
         tolerance=None if tolerance is None else jnp.asarray(tolerance),
         value_dtype=value.dtype,
         uses_value=_reads(traced_update, (phi, theta, value, state, theta, batch, count), 2),
+        half=half,
+        narrow=None if half is None else _traced(half.loss(loss), theta, phi, batch),
     )
-    return step, Walk(theta, state, count, None if tolerance is None else jnp.asarray(False))
+    stopped = None if tolerance is None else jnp.asarray(False)
+    return step, Walk(theta, state, count, stopped, None if half is None else half.start())
 
 
 def _traced(fn: Callable, *args: Any) -> Callable:

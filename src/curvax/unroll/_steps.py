@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from curvax.unroll._half import HalfPrecision
+
 
 class Steps(eqx.Module):
     """`num_steps` steps of an Optax optimiser on the inner loss, from the start that the caller gives.
@@ -24,6 +26,7 @@ class Steps(eqx.Module):
         num_steps: Number of steps, at least 1; at most so many where there is a `tolerance`.
         tolerance: Stop after the first step that starts from an inner gradient of at most this norm. None: never.
             It asks for nothing: a path that does not get there ends after `num_steps`.
+        half: How the inner gradients are computed in half precision; None: not at all.
 
     With data given as a sampler every step draws its own batch. `value=`, `grad=` and `value_fn=` are handed to the
     optimiser. Its square roots have the derivative 0 at 0, so that parameters whose gradient is always zero leave
@@ -31,7 +34,7 @@ class Steps(eqx.Module):
 
     Raises:
         ValueError: `num_steps` is not a positive integer, or `tolerance` is negative.
-        TypeError: `optimizer` is neither a transformation nor a function.
+        TypeError: `optimizer` is neither a transformation nor a function, `half` no `cx.HalfPrecision`.
 
     Cost: one inner gradient and one optimiser update a step, and the value of the loss where the optimiser uses it.
 
@@ -46,6 +49,7 @@ class Steps(eqx.Module):
     optimizer: optax.GradientTransformation | Callable[..., optax.GradientTransformation]
     num_steps: int = eqx.field(static=True)
     tolerance: Float[Array, ""] | float | None = None
+    half: HalfPrecision | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
@@ -65,6 +69,12 @@ class Steps(eqx.Module):
         ):
             raise ValueError(
                 f"`tolerance` of `Steps` must be None or a number of at least 0, got {self.tolerance!r}."
+            )
+
+        if self.half is not None and not isinstance(self.half, HalfPrecision):
+            raise TypeError(
+                "`half` of `Steps` must be `cx.HalfPrecision(jnp.bfloat16)` or None, got "
+                f"{getattr(self.half, '__name__', type(self.half).__name__)}."
             )
 
         is_function = not isinstance(self.optimizer, optax.GradientTransformation)

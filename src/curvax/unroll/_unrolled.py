@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from curvax._pytree import tree_norm, tree_sub
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.unroll._forward import Drawn, by_tangents
+from curvax.unroll._gradient_flow import Flow
+from curvax.unroll._half import is_half
 from curvax.unroll._outcome import check_rollout, extrapolated, outcome, unseen_leaves
 from curvax.unroll._path import follow
-from curvax.unroll._path_stats import PathStats
+from curvax.unroll._path_stats import PathStats, num_repeated
 from curvax.unroll._plan import Method, choose
 from curvax.unroll._reverse import Followed, by_adjoint, tail
 from curvax.unroll._rollout import Rollout
-from curvax.unroll._schedule import MemoryBudget, check_checkpoint
+from curvax.unroll._schedule import MemoryBudget, check_checkpoint, named
+from curvax.unroll._sensitivities import by_sensitivities
 from curvax.unroll._step import Step, Walk
 
 MODES = ("auto", "reverse", "mixed", "forward")
@@ -45,30 +49,41 @@ class Unrolled(AbstractRule):
             what else the step does, and the model's own `jax.checkpoint`, is differentiated as ever. The loss must be
             free of `jax.custom_vjp`, and a `jax.custom_jvp` in it must be the derivative of a function, since mixed
             derivatives are taken to commute. "forward": one tangent for each number in φ, several at a time, and
-            nothing of the path is stored. "auto": what `cx.unroll.cost` takes for the fastest, forward
-            mode for a single hyperparameter, else mixed mode; reverse mode where the loss has a `jax.custom_vjp`.
+            nothing of the path is stored. "auto": what `cx.unroll.cost` takes for the fastest by what the
+            loss is made of: forward mode for a single hyperparameter, else mixed mode; for losses without matrix
+            products forward mode of a few, then reverse mode; that also where the loss has a `jax.custom_vjp`.
         checkpoint: What reverse and mixed mode store of the path. "none": every state (in reverse mode the whole tape
             of every step). "sqrt": two nested loops, about 2√T states, and the path is computed once more. "binomial":
             up to five nested loops, the fewest states that they can do with: k levels store about k·T^(1/k) states
             and compute the path k − 1 more times. `cx.MemoryBudget(num_bytes)`: the fastest that fits.
         truncate: Differentiate the last so many steps only. The bias against the whole path is estimated by
-            extrapolating what the steps contribute, and is what `error_estimate` and `relative_error` say (not in
-            forward mode). An extrapolation: where parts of the path decay at very different rates, it sees the fast
-            ones first.
+            extrapolating what the steps contribute, and is what `error_estimate` and `relative_error` say (in forward
+            mode from two steps on, for half as much again). An extrapolation: where parts of the path decay at very
+            different rates, it sees the fast ones first.
         clip: An Optax transformation without state that the adjoint goes through at every step, as
             `optax.clip_by_global_norm(1.0)`, `optax.clip(1.0)` or `optax.adaptive_grad_clip(0.1)`. What comes out is no
             derivative any more wherever it acts (`hg.stats.path.num_clipped`). Not in forward mode.
         directions: In forward mode, so many random directions in place of one tangent for each number in φ: what goes
             through the path becomes an unbiased estimate, with a relative error of about √(m/directions) for m numbers,
             which `error_estimate` says. Needs a `key`.
+        checkpoint_dtype: `jnp.bfloat16` or `jnp.float16`: states are stored in half precision, θ and the optimiser's
+            state (in float16 each leaf by a scale of its own), and no gradients beside them. The path stays as it is;
+            what is computed again starts from the rounded states. Not in forward mode.
+        measure_error: Compute the hypergradient once more without half precision, of the steps (`cx.HalfPrecision`) and
+            of the checkpoints, or for a `cx.GradientFlow` with tolerances ten times smaller; the difference is added to
+            `error_estimate`. For trials: it takes the time and the memory of that as well (in place of rounded
+            checkpoints full ones, by the schedule "binomial").
+
+    With `cx.GradientFlow` in place of steps the sensitivities dθ/dφ are solved for along with the flow: forward mode,
+    of which `mode="auto"` and `measure_error` are the only options that apply. `hg.stats.path` is then None.
 
     Raises:
         ValueError: An option is none of those above, or two of them exclude each other. When it is used: the solver is
-            not `cx.Steps`, or nothing fits the memory budget.
+            neither `cx.Steps` nor `cx.GradientFlow`, or nothing fits the memory budget.
 
-    Cost: T steps; about 2.7 inner gradients a step in mixed mode and one more for every further level, 1 + 1.1 m in
-        forward mode for m hyperparameters. Memory: the stored states and the working set of one step.
-        `cx.unroll.cost` predicts both.
+    Cost: T steps; about 2.7 inner gradients a step in mixed mode and one more for every further level, 1 + 1.4 m in
+        forward mode for m hyperparameters; without matrix products in the loss 3.7 and 1 + 0.3 m. Memory: the stored
+        states and the working set of one step. `cx.unroll.cost` predicts both.
 
     Example:
         ```python
@@ -100,6 +115,8 @@ class Unrolled(AbstractRule):
     truncate: int | None = eqx.field(static=True, default=None)
     clip: optax.GradientTransformation | None = None
     directions: int | None = eqx.field(static=True, default=None)
+    checkpoint_dtype: Any = eqx.field(static=True, default=None, kw_only=True)
+    measure_error: bool = eqx.field(static=True, default=False, kw_only=True)
 
     def __check_init__(self) -> None:
         if self.mode not in MODES:
@@ -130,6 +147,20 @@ class Unrolled(AbstractRule):
             raise ValueError(
                 '`clip` of `Unrolled` acts on the adjoint, which `mode="forward"` has not. Use another mode.'
             )
+        if self.checkpoint_dtype is not None and not is_half(self.checkpoint_dtype):
+            raise ValueError(
+                "`checkpoint_dtype` of `Unrolled` must be None, `jnp.bfloat16` or `jnp.float16`, got "
+                f"{self.checkpoint_dtype!r}."
+            )
+        if self.checkpoint_dtype is not None and self.mode == "forward":
+            raise ValueError(
+                '`checkpoint_dtype` of `Unrolled` has no use with `mode="forward"`, which stores nothing of the path. '
+                "Leave one of them out."
+            )
+        if not isinstance(self.measure_error, bool):
+            raise TypeError(
+                f"`measure_error` of `Unrolled` must be True or False, got {self.measure_error!r}."
+            )
 
     def check(self, *, stochastic_steps: bool, has_rollout: bool) -> None:
         """Only steps can be unrolled."""
@@ -139,21 +170,33 @@ class Unrolled(AbstractRule):
     def hypergradient(self, task: Task, state: State) -> Outcome:
         """The derivative of the path, reported and never raised."""
         rollout: Any = task.rollout
+        if isinstance(rollout, Flow):
+            self._check_flow()
+            return by_sensitivities(task, state, rollout, measure_error=self.measure_error)
         outer = lambda theta, phi: task.outer(theta, phi, task.outer_batch)
         step, walk = rollout.step(task.phi)
         truncate = self._truncated(rollout)
         clip = self._clip(walk.theta)
         method, reason = self._method(rollout, step, walk, outer)
-        if method.mode == "forward":
-            drawn = self._drawn(task, state, step, walk)
-            found = by_tangents(
-                rollout, step, walk, outer, truncate=truncate, chunk=method.chunk, drawn=drawn
+        drawn = self._drawn(task, state, step, walk) if method.mode == "forward" else None
+
+        def followed(step: Step, method: Method) -> Followed:
+            if method.mode == "forward":
+                return by_tangents(
+                    rollout, step, walk, outer, truncate=truncate, chunk=method.chunk, drawn=drawn
+                )
+            return by_adjoint(
+                rollout,
+                step.in_mixed_mode() if method.mode == "mixed" else step,
+                walk,
+                outer,
+                lengths=method.lengths,
+                truncate=truncate,
+                clip=clip,
+                rounded_to=method.rounded_to,
             )
-        else:
-            moded = step.in_mixed_mode() if method.mode == "mixed" else step
-            found = by_adjoint(
-                rollout, moded, walk, outer, lengths=method.lengths, truncate=truncate, clip=clip
-            )
+
+        found = followed(step, method)
         path = PathStats(
             mode=method.mode,
             lengths=method.lengths,
@@ -163,9 +206,14 @@ class Unrolled(AbstractRule):
             gradient_norms=found.gradient_norms,
             derivative_norms=found.derivative_norms,
             num_clipped=found.num_clipped.astype(jnp.int32),
+            num_repeated=num_repeated(found.walk),
         )
-        bias = _bias(found, truncate) if found.spread is None else found.spread
-        return outcome(task, state, step, found, path, bias)
+        errors = [_bias(found, truncate), found.spread]
+        if self.measure_error:
+            full = self._without_rounding(step, method, truncate or rollout.steps.num_steps)
+            errors.append(tree_norm(tree_sub(found.grad, followed(*full).grad)))
+        known = [error for error in errors if error is not None]
+        return outcome(task, state, step, found, path, sum(known[1:], start=known[0]) if known else None)
 
     def solution(self, rollout: Rollout, phi: PyTree[Array]) -> PyTree[Array]:
         """θ at the end of the path, to be differentiated by JAX in whatever way; for `cx.solution_map`."""
@@ -178,6 +226,12 @@ class Unrolled(AbstractRule):
             raise ValueError(
                 "`clip` of `Unrolled` is for `hypergradient`: a solution map has the derivatives of the function that "
                 "it computes. Leave it out."
+            )
+        if self.checkpoint_dtype is not None or self.measure_error:
+            name = "measure_error" if self.measure_error else "checkpoint_dtype"
+            raise ValueError(
+                f"`{name}` of `Unrolled` is for `hypergradient`: rounded checkpoints have first derivatives alone, and "
+                "a solution map returns no error. Leave it out."
             )
         total, truncate = rollout.steps.num_steps, self._truncated(rollout)
         step, walk = rollout.step(phi)
@@ -205,7 +259,33 @@ class Unrolled(AbstractRule):
             outer,
             with_forward=with_forward,
             directions=self.directions,
+            rounded_to=self.checkpoint_dtype,
         )
+
+    def _without_rounding(self, step: Step, method: Method, num_steps: int) -> tuple[Step, Method]:
+        """The same hypergradient in full precision."""
+        if step.half is None and method.rounded_to is None:
+            raise ValueError(
+                "`measure_error=True` of `Unrolled` measures what half precision does to a hypergradient, but there is "
+                "none: neither `half` of `Steps` nor `checkpoint_dtype` is given. Leave it out, or take "
+                "`cx.diagnostics.compare` for other differences."
+            )
+        if method.rounded_to is not None:
+            method = method._replace(rounded_to=None, lengths=named("binomial", num_steps))
+        return step.in_full_precision(), method
+
+    def _check_flow(self) -> None:
+        """Refuse what a flow has no use for."""
+        plain = Unrolled(measure_error=self.measure_error)
+        names = ("checkpoint", "truncate", "clip", "directions", "checkpoint_dtype")
+        given = [name for name in names if getattr(self, name) != getattr(plain, name)]
+        if self.mode not in ("auto", "forward"):
+            given = ["mode", *given]
+        if given:
+            raise ValueError(
+                f"`{given[0]}` of `Unrolled` is for `cx.Steps`: the sensitivities of a `cx.GradientFlow` are carried "
+                "along with it, and nothing of the path is stored. Leave it out."
+            )
 
     def _drawn(self, task: Task, state: State, step: Step, walk: Walk) -> Drawn | None:
         """The random directions, if they are wanted."""
@@ -242,6 +322,8 @@ def _bias(found: Followed, truncate: int | None) -> Float[Array, ""] | None:
     single step from the change of the adjoint. What grew is taken to stay as it is.
     """
     norms, shares = found.derivative_norms, found.shares
+    if found.bias is not None:
+        return found.bias
     if truncate is None or shares is None:
         return None
     count, half = found.walk.taken, max(1, truncate // 2)
