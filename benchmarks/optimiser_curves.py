@@ -178,7 +178,7 @@ def measure(only: str = "") -> harness.Report:
                 )
     return harness.Report(
         "Loss against steps and time",
-        f"float32, 1797 digits at every step; Adam {STEPS['Adam']} steps, others {STEPS['others']} with their defaults.",
+        f"float32, 1797 digits at every step; Adam {STEPS['Adam']} steps, others {STEPS['others']}, with defaults.",
         rows,
         claims,
     )
