@@ -2,9 +2,9 @@
 
 `cx.optim.kfac` in one `jit` with the gradient, on a multilayer perceptron in float32: sampled factors, learning rate
 and momentum from the exact quadratic model, adaptive damping, factors factorised in shares, every one in five steps.
-Beside it: all factors factorised at once, no adaptation at all, and EKFAC. Timed in turns with the gradient alone. The peak
-is the slowest of the five steps of a period (medians over periods) ÷ the median of all steps. No peer measures in this
-process: kfac-jax runs on an older JAX only.
+Beside it: all factors factorised at once, no adaptation at all, EKFAC and K-BFGS. Timed in turns with the gradient
+alone. The peak is the slowest of the five steps of a period (medians over periods) ÷ the median of all steps. No peer
+measures in this process: kfac-jax runs on an older JAX only.
 """
 
 import functools as ft
@@ -60,6 +60,7 @@ RUNS = {
         cx.optim.kfac, learning_rate=0.1, damping=Damping(every=None)
     ),
     "EKFAC, everything adaptive": cx.optim.ekfac,
+    "K-BFGS, everything adaptive": cx.optim.kbfgs,
 }
 
 

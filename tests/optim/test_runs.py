@@ -14,18 +14,20 @@ from curvax.optim import Damping, Factors, Momentum, Schedule
 from curvax.optim._turns import Turns
 from helpers.training import EMPIRICAL, FIXED, SQUARED, normal, objective, stepper, tanh_net, tanh_problem
 
-OPTIMISERS = {
-    "kfac": ft.partial(cx.optim.kfac, tanh_net, SQUARED),
-    "ekfac": ft.partial(cx.optim.ekfac, tanh_net, SQUARED),
-    "kf_trust_region": ft.partial(cx.optim.kf_trust_region, tanh_net, SQUARED),
-}
+OPTIMISERS = ("kfac", "ekfac", "kf_trust_region", "kbfgs")
+
+
+def make(name, x, **options):
+    """An optimiser by name; K-BFGS has no statistics to choose and no schedule."""
+    options = {} if name == "kbfgs" else options
+    return getattr(cx.optim, name)(tanh_net, SQUARED, example=x[0], **options)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_one_compilation_and_resume_bit_for_bit(name, key, tmp_path):
     """Ten steps; and five, saved, restored and five more."""
     params, x, y = tanh_problem(key)
-    optimiser = OPTIMISERS[name](example=x[0], schedule=Schedule(statistics=2, inverses=3))
+    optimiser = make(name, x, schedule=Schedule(statistics=2, inverses=3))
     traces = []
 
     def compiled(fn):
@@ -57,10 +59,15 @@ def test_one_compilation_and_resume_bit_for_bit(name, key, tmp_path):
 
 def test_update_in_one_jit_costs_what_a_fused_step_does():
     """The forward pass is shared: as many operations as in a step written out by hand for this network."""
-    w, b, v, x, y = normal(jax.random.key(0), (16, 8), (16,), (4, 16), (64, 8), (64, 4), dtype=jnp.float32)
+    w, b, v, x, y = normal(
+        jax.random.key(0), (64, 32), (64,), (16, 64), (256, 32), (256, 16), dtype=jnp.float32
+    )
     params = {"w": w, "b": b, "v": v}
     model_fn = lambda p, x: p["v"] @ jnp.tanh(p["w"] @ x + p["b"])
-    optimiser = cx.optim.kfac(model_fn, SQUARED, 0.1, example=x[0], damping=FIXED, factors=EMPIRICAL)
+    frozen = Schedule(inverses=1000, staggered=False)
+    optimiser = cx.optim.kfac(
+        model_fn, SQUARED, 0.1, example=x[0], damping=FIXED, factors=EMPIRICAL, schedule=frozen
+    )
 
     def separate(params, state, x, y):
         grads = jax.grad(lambda p: objective(model_fn, SQUARED, p, x, y))(params)
@@ -71,34 +78,29 @@ def test_update_in_one_jit_costs_what_a_fused_step_does():
         hidden = jnp.tanh(x @ params["w"].T + params["b"])
         g2 = hidden @ params["v"].T - y
         g1 = (g2 @ params["v"]) * (1 - hidden**2)
-        bias = jnp.concatenate([x, jnp.ones((64, 1), x.dtype)], axis=1)
-        moments = [(a.T @ a / 64, g.T @ g / 64) for a, g in ((bias, g1), (hidden, g2))]
+        bias = jnp.concatenate([x, jnp.ones((256, 1), x.dtype)], axis=1)
+        moments = [(a.T @ a / 256, g.T @ g / 256) for a, g in ((bias, g1), (hidden, g2))]
         factors = jax.tree.map(lambda old, new: old + 0.05 * (new - old), factors, moments)
-        grads = [g1.T @ bias / 64, g2.T @ hidden / 64]
+        grads = [g1.T @ bias / 256, g2.T @ hidden / 256]
         steps = [0.1 * g @ d @ a for d, (a, g) in zip(grads, inverses, strict=True)]
         moved = {"w": w - steps[0][:, :-1], "b": b - steps[0][:, -1], "v": v - steps[1]}
         return moved, factors
 
     pairs = [
-        (jnp.eye(9, dtype=x.dtype), jnp.eye(16, dtype=x.dtype)),
-        (jnp.eye(16, dtype=x.dtype), jnp.eye(4, dtype=x.dtype)),
+        (jnp.eye(33, dtype=x.dtype), jnp.eye(64, dtype=x.dtype)),
+        (jnp.eye(64, dtype=x.dtype), jnp.eye(16, dtype=x.dtype)),
     ]
     options = {"xla_backend_optimization_level": 0}
     flops = lambda fn, *args: jax.jit(fn).lower(*args).compile(options).cost_analysis()["flops"]
-    # Without the factorisations: XLA counts those of all shares, of which one is done.
-    frozen = Schedule(inverses=1000, staggered=False)
-    optimiser = cx.optim.kfac(
-        model_fn, SQUARED, 0.1, example=x[0], damping=FIXED, factors=EMPIRICAL, schedule=frozen
-    )
     ours = flops(separate, params, optimiser.init(params), x, y)
     theirs = flops(fused, params, pairs, pairs, x, y)
     apart = flops(
         lambda p, s, g: optimiser.update(g, s, p, inputs=x, targets=y), params, optimiser.init(params), params
     )
     gradient = flops(lambda p: jax.grad(lambda p: objective(model_fn, SQUARED, p, x, y))(p), params)
-    inverses = 2 * (3 * 16**3 + 9**3 + 4**3)
+    inverses = 2 * (2 * 64**3 + 33**3 + 16**3)
     assert ours <= 1.05 * theirs + inverses
-    assert ours < apart + gradient - 0.9 * 2 * 64 * (8 * 16 + 16 * 4)  # a forward pass less
+    assert ours < apart + gradient - 0.9 * 2 * 256 * (32 * 64 + 64 * 16)  # a forward pass less
 
 
 # Schedules.
@@ -108,31 +110,29 @@ def test_turns_share_the_work_evenly():
     costs = [257**3, 256**3, 257**3, 256**3, 65**3, 257**3, 256**3, 10**3]
     turns = Turns.of(costs, Schedule(inverses=5), Damping(every=5))
     assert sorted(item for share in turns.shares for item in share) == list(range(8))
-    assert sorted(turns.table) == [-1, 0, 1, 2, 3] and turns.table[-1] == -1  # that of the damping
+    assert sorted(turns.table) == [0, 2, 3, 4, 5] and turns.table[-1] == 0  # that of the damping
     loads = [sum(costs[i] for i in share) for share in turns.shares]
     assert max(loads) <= 2.1 * 256**3
     assert sorted(Turns.of(costs, Schedule(inverses=20), Damping(every=None)).table) == [-1] * 12 + list(
         range(8)
     )
-    assert Turns.of(costs, Schedule(inverses=3, staggered=False), Damping()).table == (0, -1, -1)
+    assert Turns.of(costs, Schedule(inverses=3, staggered=False), Damping()).table == (1, 0, 0)
     assert Turns.of([], Schedule(), Damping()).shares == ()
 
 
-@pytest.mark.parametrize("make", [cx.optim.kfac, cx.optim.ekfac])
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
 @pytest.mark.parametrize("drift", [None, 1e-6, 1e6])
-def test_factors_are_refreshed_when_it_is_their_turn(make, drift, key):
+def test_factors_are_refreshed_when_it_is_their_turn(name, drift, key):
     """With a period each factor once in it; by drift the one most out of date at every step, or none at all."""
     params, x, y = tanh_problem(key)
     schedule = Schedule(inverses=4, drift=drift)
-    optimiser = make(
-        tanh_net, SQUARED, 0.5, example=x[0], damping=FIXED, factors=EMPIRICAL, schedule=schedule
-    )
+    optimiser = make(name, x, learning_rate=0.5, damping=FIXED, factors=EMPIRICAL, schedule=schedule)
     step, state = stepper(optimiser, tanh_net, SQUARED), optimiser.init(params)
     changes = []
     for number in range(8):
-        kept = state.curvature.inverses if make is cx.optim.kfac else state.curvature.bases
-        params, state, _, _ = step(params, state, x, y)
-        new = state.curvature.inverses if make is cx.optim.kfac else state.curvature.bases
+        kept = state.curvature.inverses if name == "kfac" else state.curvature.bases
+        params, state, _, _ = step(params, state, jnp.roll(x, number, axis=1), y)
+        new = state.curvature.inverses if name == "kfac" else state.curvature.bases
         changed = [bool(np.any(a != b)) for a, b in zip(*map(jax.tree.leaves, (kept, new)), strict=True)]
         changes.append(np.array(changed))
         if number < 3:
@@ -153,7 +153,7 @@ def test_factors_are_refreshed_when_it_is_their_turn(make, drift, key):
 def test_a_batch_that_is_not_finite_changes_nothing(name, key):
     """It is reported, statistics stay out, parameters stay, and the next steps go on as if nothing had been."""
     params, x, y = tanh_problem(key)
-    optimiser = OPTIMISERS[name](example=x[0], factors=EMPIRICAL)
+    optimiser = make(name, x, factors=EMPIRICAL)
     step, state = stepper(optimiser, tanh_net, SQUARED), optimiser.init(params)
     params, state, _, _ = step(params, state, x, y)
     after, bad, updates, _ = step(params, state, x.at[3, 1].set(jnp.nan), y)
@@ -198,14 +198,14 @@ def test_zero_gradient_zero_step(key):
     """At a minimum there is nothing to divide by."""
     params, x, _ = tanh_problem(key)
     y = jax.vmap(lambda x: tanh_net(params, x))(x)
-    for make in OPTIMISERS.values():
-        optimiser = make(example=x[0])
-        _, state, updates, _ = stepper(optimiser, tanh_net, SQUARED)(params, optimiser.init(params), x, y)
-        assert not np.any(ravel_pytree(updates)[0]) and int(state.info.skipped) == 0
+    for name in OPTIMISERS:
+        optimiser = make(name, x)
+        _, _, updates, _ = stepper(optimiser, tanh_net, SQUARED)(params, optimiser.init(params), x, y)
+        assert np.max(np.abs(ravel_pytree(updates)[0])) < 1e-12
 
 
 W, X, Y = np.ones((2, 3)), np.ones((4, 3)), np.ones((4, 2))
-linear = lambda w, x: w @ x
+linear = lambda w, x: jax.tree.leaves(w)[0] @ x
 kfac = ft.partial(cx.optim.kfac, linear, SQUARED, example=X[0])
 update = lambda optimiser, **extra: optimiser.update(
     W, optimiser.init(jnp.asarray(W)), jnp.asarray(W), **extra
@@ -238,6 +238,10 @@ BAD = {
     "drift": (lambda: Schedule(drift=0.1, staggered=False), "`drift`"),
     "class": (lambda: cx.optim.kfac(linear, cx.operators.SquaredError, example=X[0]), "instance"),
     "model": (lambda: cx.optim.kfac(W, SQUARED, example=X[0]), "`model_fn`"),
+    "exact": (
+        lambda: cx.optim.kbfgs(linear, SQUARED, example=X[0], damping=Damping(exact=True)),
+        "`damping.exact`",
+    ),
     "radius": (lambda: cx.optim.kf_trust_region(linear, SQUARED, 0.0, example=X[0]), "`radius`"),
     "radius and clip": (
         lambda: cx.optim.kf_trust_region(linear, SQUARED, example=X[0], damping=Damping(kl_clip=1.0)),
@@ -251,7 +255,7 @@ BAD = {
     ),
     "state": (
         lambda: kfac().update(
-            W, kfac().init({"w": jnp.asarray(W)}), jnp.asarray(W), inputs=X, targets=Y, key=jax.random.key(0)
+            W, kfac().init([jnp.asarray(W)]), jnp.asarray(W), inputs=X, targets=Y, key=jax.random.key(0)
         ),
         "another model",
     ),

@@ -17,6 +17,7 @@ from helpers.training import (
     EMPIRICAL,
     EXACT,
     FIXED,
+    SOFTMAX,
     SQUARED,
     dense_curvature,
     normal,
@@ -142,7 +143,7 @@ def test_a_schedule_of_the_learning_rate(key):
         if callable(rate):
             scheduled = ravel_pytree(updates)[0]
             assert float(state.info.learning_rate) == pytest.approx(0.05)
-    np.testing.assert_allclose(scheduled, 0.5 * ravel_pytree(updates)[0], rtol=1e-12)
+    np.testing.assert_allclose(scheduled, 0.5 * ravel_pytree(updates)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [None, 1.0])
@@ -166,28 +167,42 @@ def test_damping_follows_the_ratio(key):
     damping = Damping(0.05, every=2, factor=0.9, penalty=0.02)
     optimiser = cx.optim.kfac(tanh_net, SQUARED, example=x[0], damping=damping, factors=EMPIRICAL)
     step, state = stepper(optimiser, tanh_net, SQUARED, 0.02), optimiser.init(params)
-    params, state, _, _ = step(params, state, x, y)
-    assert np.isnan(state.info.ratio) and float(state.damping) == 0.05
-    moved, state, updates, grads = step(params, state, x, y)
-    whole = dense_curvature(tanh_net, params, x) + 0.07 * np.eye(ravel_pytree(params)[0].size)
-    u, g = (np.asarray(ravel_pytree(tree)[0]) for tree in (updates, grads))
     value = ft.partial(objective, tanh_net, SQUARED, x=x, y=y, penalty=0.02)
-    ratio = (value(moved) - value(params)) / (g @ u + 0.5 * u @ whole @ u)
-    assert float(state.info.ratio) == pytest.approx(float(ratio), rel=1e-6)
-    expected = 0.05 * 0.81 if ratio > 0.75 else 0.05 / 0.81 if ratio < 0.25 else 0.05
-    assert float(state.damping) == pytest.approx(expected)
+    for number in range(4):
+        before = state
+        moved, state, updates, grads = step(params, state, x, y)
+        whole = dense_curvature(tanh_net, params, x)
+        whole = whole + (float(before.damping) + 0.02) * np.eye(len(whole))
+        u, g = (np.asarray(ravel_pytree(tree)[0]) for tree in (updates, grads))
+        ratio = (value(moved) - value(params)) / (g @ u + 0.5 * u @ whole @ u)
+        params = moved
+        if number == 2:  # is not looked at
+            assert (state.damping, state.info.ratio) == (before.damping, before.info.ratio)
+            continue
+        assert np.any(u) and float(state.info.ratio) == pytest.approx(float(ratio), rel=1e-6)
+        change = 0.81 if ratio > 0.75 else 1 / 0.81 if ratio < 0.25 else 1
+        assert float(state.damping) == pytest.approx(float(before.damping) * change)
 
 
-def test_damping_grows_where_the_model_is_wrong(key):
+def test_steps_up_are_refused_until_damping_is_enough(key):
+    """A learning rate far too large, and outputs so saturated that their curvature vanishes."""
     params, x, y = tanh_problem(key)
-    # A step so long that the objective grows.
-    damping = Damping(0.05, every=1, factor=0.9, limits=(1e-8, 0.06))
+    damping = Damping(0.05, every=1, factor=0.9, limits=(1e-8, 0.1))
     optimiser = cx.optim.kfac(tanh_net, SQUARED, 300.0, example=x[0], damping=damping, factors=EMPIRICAL)
     step, state = stepper(optimiser, tanh_net, SQUARED), optimiser.init(params)
-    _, state, _, _ = step(params, state, x, y)
-    assert float(state.damping) == pytest.approx(0.05 / 0.9)
-    _, state, _, _ = step(params, state, x, y)
-    assert float(state.damping) == pytest.approx(0.06)
+    for expected in (0.05 / 0.9**5, 0.1):
+        moved, state, updates, _ = step(params, state, x, y)
+        assert not np.any(ravel_pytree(updates)[0])
+        assert float(state.damping) == pytest.approx(expected)
+    assert int(state.info.skipped) == 2
+    steep, labels = jax.tree.map(lambda leaf: 5 * leaf, params), jnp.arange(len(x)) % 2
+    optimiser = cx.optim.kfac(tanh_net, SOFTMAX, example=x[0], damping=Damping(1e-6, every=8))
+    step, state = stepper(optimiser, tanh_net, SOFTMAX), optimiser.init(steep)
+    values = []
+    for number in range(8):
+        steep, state, _, _ = step(steep, state, x, labels, jax.random.fold_in(key, number))
+        values.append(float(objective(tanh_net, SOFTMAX, steep, x, labels)))
+    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
 
 
 def test_trust_region_keeps_its_promise(key):
@@ -218,24 +233,23 @@ def test_trust_region_keeps_its_promise(key):
         assert float(state.damping) == pytest.approx(expected)
 
 
-def test_trust_region_refuses_a_step_up(key):
-    """An objective that is far from its model: the step is not taken, and the radius halved."""
-    params, x, y = tanh_problem(key)
-    bend = lambda w, x: jnp.sin(20 * w @ x)
-    optimiser = cx.optim.kf_trust_region(bend, SQUARED, 1e3, example=x[0], factors=EMPIRICAL)
-    w = {"w": params["w"][:2]}
-    model_fn = lambda p, x: bend(p["w"], x)
-    optimiser = cx.optim.kf_trust_region(model_fn, SQUARED, 1e3, example=x[0], factors=EMPIRICAL)
+def test_trust_region_refuses_a_step_up():
+    """Newton's step for arctan overshoots: it is not taken, and the radius halved until one goes down."""
+    w, x, y = jnp.array([[3.0]]), jnp.ones((4, 1)), jnp.zeros((4, 1))
+    model_fn = lambda w, x: jnp.arctan(w @ x)
+    optimiser = cx.optim.kf_trust_region(
+        model_fn, SQUARED, 1e3, example=x[0], damping=Damping(1e-6), factors=EXACT
+    )
     step, state = stepper(optimiser, model_fn, SQUARED), optimiser.init(w)
     refused = 0
-    for _ in range(6):
+    for _ in range(15):
         moved, state, updates, _ = step(w, state, x, y)
         before, after = (objective(model_fn, SQUARED, p, x, y) for p in (w, moved))
-        assert after <= before * (1 + 1e-12)
-        refused += not np.any(updates["w"])
+        assert after <= before
+        refused += not np.any(updates)
         w = moved
     assert refused == int(state.info.skipped) > 0
-    assert float(state.damping) < 1e3
+    assert abs(float(w[0, 0])) < 1
 
 
 def test_float32_agrees_with_float64(key):

@@ -1,5 +1,6 @@
 """Second-order optimisers for training: optax transformations that learn the curvature of every layer."""
 
+from curvax.optim._kbfgs import kbfgs as kbfgs
 from curvax.optim._kfac import ekfac as ekfac
 from curvax.optim._kfac import kfac as kfac
 from curvax.optim._options import Damping as Damping

@@ -28,6 +28,7 @@ class BlockInfo:
         dense: Whether the factor of the rows, and that of the columns, is a matrix; else it is a diagonal.
         matrix: Whether it is a Kronecker product; else the diagonal of a bias, a scale or a parameter used otherwise.
         measured: Whether there are statistics; else its steps are those of first order.
+        single: Whether it is a Kronecker product of dense factors of ONE operation.
         dtype: Of its numbers.
     """
 
@@ -36,6 +37,7 @@ class BlockInfo:
     dense: tuple[bool, bool]
     matrix: bool
     measured: bool
+    single: bool
     dtype: Any
 
     @classmethod
@@ -46,7 +48,8 @@ class BlockInfo:
         dense = (matrix and block.row_factor == "dense", matrix and block.column_factor == "dense")
         with jax.numpy_dtype_promotion("standard"):
             dtype = at_least_float32(jnp.result_type(*(like.dtype for like in block.structures)))
-        return cls(group.name, block.shape, dense, matrix, bool(group.sites), dtype)
+        single = all(dense) and len(group.sites) == 1 and not group.sites[0].transposed
+        return cls(group.name, block.shape, dense, matrix, bool(group.sites), single, dtype)
 
 
 class Context(NamedTuple):
@@ -74,10 +77,14 @@ class Context(NamedTuple):
     key: PRNGKeyArray | None
     count: Array  # type: ignore[assignment]
 
+    def with_leaves(self, leaves: list[Array]) -> PyTree:
+        """The parameters with other floating-point arrays."""
+        dynamic, rest = eqx.partition(self.params, eqx.is_inexact_array)
+        return eqx.combine(jax.tree.unflatten(jax.tree.structure(dynamic), leaves), rest)
+
     def outputs(self, leaves: list[Array]) -> tuple[PyTree, PyTree]:
         """Of all examples at other parameters: those that are floating-point, and all others."""
-        dynamic, rest = eqx.partition(self.params, eqx.is_inexact_array)
-        whole = eqx.combine(jax.tree.unflatten(jax.tree.structure(dynamic), leaves), rest)
+        whole = self.with_leaves(leaves)
         outputs = jax.vmap(lambda x: self.model_fn(whole, x))(self.inputs)
         return eqx.partition(outputs, eqx.is_inexact_array)
 

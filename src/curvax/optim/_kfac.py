@@ -63,7 +63,7 @@ def kfac(
 
     What goes wrong is counted in the state, by block: statistics that are not finite stay out of the running means
     (`rejected`), a factor without an inverse becomes a multiple of the identity (`fallbacks`); a step is not taken if
-    it, or the objective after it where that is looked at, is not finite (`info.skipped`).
+    it is not finite, or was looked at and leads up (`info.skipped`).
 
     Cost: beside the gradient, factors (about one gradient for an MLP, less for a transformer), two tangent passes
     without a learning rate, and out · in · (out + in) multiplications for each layer; now and then a forward pass.

@@ -15,9 +15,10 @@ class Damping(eqx.Module):
     """What is added to the curvature, how that is adapted, and how long a step may be at most.
 
     The model of the objective at a step δ is M(δ) = gᵀδ + ½ δᵀ(F + (λ + η) I) δ, g the gradient and F the curvature.
-    Every `every` steps ρ = (f(θ + δ) − f(θ)) / M(δ) is measured on the batch of that step, and λ multiplied by
-    `factor`^`every` if ρ > ¾ and divided by it unless ρ ≥ ¼ (Levenberg and Marquardt's rule); a step to where the
-    objective is not finite is not taken.
+    Every `every` steps, and in each of the first `every`, ρ = (f(θ + δ) − f(θ)) / M(δ) is measured on the batch of that
+    step, and λ multiplied by `factor`^`every` if ρ > ¾ and divided by it unless ρ ≥ ¼ (Levenberg and Marquardt's rule).
+    A step that is looked at and leads up, or to where the objective is not finite, is not taken, and λ is divided by
+    `factor`^(5 `every`).
 
     Args:
         initial: λ at the start, > 0, in the units of the eigenvalues of the curvature of the MEAN loss.

@@ -17,8 +17,8 @@ class StepInfo(NamedTuple):
         damping: λ with which the step was made; the radius, for the trust region.
         loss: Mean loss of the batch before the last step that was judged; NaN before the first.
         ratio: ρ of the last step that was judged: the change of the objective ÷ what the model said; NaN likewise.
-        skipped: Steps that were not taken, because the gradient, the direction, or the objective after a step that was
-            judged was not finite (or, for the trust region, had grown).
+        skipped: Steps that were not taken: the gradient or the direction was not finite, or the objective was not lower
+            after a step that was judged.
     """
 
     learning_rate: Scalar

@@ -18,6 +18,10 @@ from curvax.optim._state import OptimiserState, StepInfo
 Rate = Callable[[Array], Any] | None
 
 
+# A step that is not taken raises the damping as so many that were poor: the next one must differ.
+REFUSED = 5
+
+
 class Proposal(NamedTuple):
     """A step, before anybody looked where it leads.
 
@@ -46,7 +50,7 @@ class Judgement(NamedTuple):
     damping: Scalar
     loss: Scalar
     ratio: Scalar
-    finite: Bool[Array, ""]
+    down: Bool[Array, ""]
 
 
 class Tail(eqx.Module):
@@ -83,7 +87,7 @@ class Tail(eqx.Module):
         propose = self._of_model if self.learning_rate is None else self._of_rate
         made = propose(state, now, gradient, source, direction, velocity)
         judged = self._judged(state, now, gradient, made)
-        taken = made.good & judged.finite
+        taken = made.good & judged.down
         nothing = {name: jnp.zeros_like(matrix) for name, matrix in made.step.items()}
         step = tree_where(taken, made.step, nothing)
         if self.keeps_velocity:
@@ -195,28 +199,33 @@ class Tail(eqx.Module):
                 before = model.loss
                 predicted = slope + 0.5 * (model.curvature[0, 0] + shift.astype(squared.dtype) * squared)
             change, after = change_of_objective(now, made.step, before, self.damping.penalty)
+            # A change that is lost in the rounding of the loss says nothing.
+            lost = jnp.abs(predicted) <= 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+            down = jnp.isfinite(after) & ((change <= 0) | lost)
+            # A gradient that is not finite says nothing either.
+            silent = lost | ~made.good
             ratio = change / predicted
-            adapted = self._adapted(state.damping, ratio, predicted, before)
             return Judgement(
-                adapted.astype(kept.damping.dtype),
+                jnp.where(silent, state.damping, self._adapted(state.damping, ratio, predicted, down)),
                 before.astype(kept.loss.dtype),
                 ratio.astype(kept.ratio.dtype),
-                jnp.isfinite(after),
+                down,
             )
 
-        due = state.count % self.damping.every == self.damping.every - 1
+        due = (state.count % self.damping.every == self.damping.every - 1) | (
+            state.count < self.damping.every
+        )
         return jax.lax.cond(due, look, lambda kept: kept, kept)
 
-    def _adapted(self, damping: Scalar, ratio: Scalar, predicted: Scalar, loss: Scalar) -> Scalar:
+    def _adapted(self, damping: Scalar, ratio: Scalar, predicted: Scalar, down: Bool[Array, ""]) -> Scalar:
         """Levenberg and Marquardt's rule."""
         assert self.damping.every is not None
         factor = self.damping.factor**self.damping.every
-        changed = jnp.where(
-            ratio > 0.75, damping * factor, jnp.where(~(ratio >= 0.25), damping / factor, damping)
-        )
-        # A change that is lost in the rounding of the loss says nothing.
-        seen = ~(jnp.abs(predicted) <= 10 * jnp.finfo(loss.dtype).eps * jnp.abs(loss))
-        return jnp.clip(jnp.where(seen, changed, damping), *self.damping.limits)
+        # A step that is one up in the model itself is too long.
+        poor = ~(ratio >= 0.25) | (predicted > 0)
+        changed = jnp.where(poor, damping / factor, jnp.where(ratio > 0.75, damping * factor, damping))
+        changed = jnp.where(down, changed, damping / factor**REFUSED)
+        return jnp.clip(changed, *self.damping.limits).astype(damping.dtype)
 
 
 def change_of_objective(

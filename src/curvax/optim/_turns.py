@@ -18,7 +18,7 @@ class Turns:
 
     Attributes:
         shares: What is done together: indices of the items.
-        table: For each step of a period the number of its share, or -1.
+        table: For each step of a period 0 for nothing, 1 for everything, 2 + i for share i.
     """
 
     shares: tuple[tuple[int, ...], ...]
@@ -35,7 +35,7 @@ class Turns:
         """
         period = schedule.inverses
         if not schedule.staggered:
-            return cls((tuple(range(len(costs))),), (0, *(-1,) * (period - 1)))
+            return cls((), (1, *(0,) * (period - 1)))
         own = damping.every is not None and damping.every % period == 0 and period > 1
         slots = min(period - own, len(costs))
         shares: list[list[int]] = [[] for _ in range(slots)]
@@ -44,14 +44,14 @@ class Turns:
             lightest = loads.index(min(loads))
             shares[lightest].append(item)
             loads[lightest] += costs[item]
-        table = [-1] * period
+        table = [0] * period
         for number in range(slots):
             # Spread over the period, its last step left to the damping.
-            table[number * (period - own) // slots] = number
+            table[number * (period - own) // slots] = 2 + number
         return cls(tuple(tuple(share) for share in shares), tuple(table))
 
     def choice(self, count: Int[Array, ""], drifts: Array | None, limit: float | None) -> Int[Array, ""]:
-        """0 for nothing, 1 for everything, 2 + i for share i.
+        """What is to be done, as in `table`.
 
         Args:
             count: Of the steps before.
@@ -59,10 +59,9 @@ class Turns:
             limit: Of it.
         """
         if drifts is None or limit is None:
-            picked = jnp.asarray(self.table)[count % len(self.table)] + 2
-            picked = jnp.where(picked == 1, 0, picked)
+            picked = jnp.asarray(self.table, jnp.int32)[count % len(self.table)]
         else:
             worst = jnp.argmax(drifts)
             # What is not finite is out of date.
-            picked = jnp.where(~(drifts[worst] <= limit), worst + 2, 0)
+            picked = jnp.where(~(drifts[worst] <= limit), worst.astype(jnp.int32) + 2, 0)
         return jnp.where(count < WARM_UP, 1, picked).astype(jnp.int32)
