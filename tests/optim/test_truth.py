@@ -209,12 +209,11 @@ def test_trust_region_keeps_its_promise(key):
     """Length in F, ratio, radius and refusal, with F from the operator and the objective computed apart."""
     params, x, y = tanh_problem(key)
     make = ft.partial(cx.optim.kf_trust_region, tanh_net, SQUARED, example=x[0], factors=EXACT)
-    options = Damping(1e-2, exact=True)
     for radius in (0.05, 1e4):
-        optimiser = make(radius, damping=options)
+        optimiser = make(radius, damping=1e-2)
         step = stepper(optimiser, tanh_net, SQUARED)
         moved, state, updates, grads = step(params, optimiser.init(params), x, y)
-        curvature = ops.kfac(tanh_net, SQUARED, params, x, y).damped(1e-2)
+        curvature = ops.kfac(tanh_net, SQUARED, params, x, y).damped_factors(1e-2)
         u, g = ravel_pytree(updates)[0], ravel_pytree(grads)[0]
         squared = float(u @ ravel_pytree(curvature.mv(updates))[0])
         newton = ravel_pytree(curvature.inverse().mv(grads))[0]
@@ -237,9 +236,7 @@ def test_trust_region_refuses_a_step_up():
     """Newton's step for arctan overshoots: it is not taken, and the radius halved until one goes down."""
     w, x, y = jnp.array([[3.0]]), jnp.ones((4, 1)), jnp.zeros((4, 1))
     model_fn = lambda w, x: jnp.arctan(w @ x)
-    optimiser = cx.optim.kf_trust_region(
-        model_fn, SQUARED, 1e3, example=x[0], damping=Damping(1e-6), factors=EXACT
-    )
+    optimiser = cx.optim.kf_trust_region(model_fn, SQUARED, 1e3, example=x[0], damping=1e-6, factors=EXACT)
     step, state = stepper(optimiser, model_fn, SQUARED), optimiser.init(w)
     refused = 0
     for _ in range(15):

@@ -98,13 +98,14 @@ def estimates(context: Context, options: Factors, bases: Pairs | None = None) ->
 
 
 def empty(infos: tuple[BlockInfo, ...], options: Factors) -> Pairs:
-    """Zeros like the factors."""
+    """Zeros like the factors; of no size where there are no statistics."""
     found = {}
     for info in infos:
         stack, rows, columns = info.shape
         left = (stack, rows, rows) if info.dense[0] else (stack, rows)
         right = (stack, columns, columns) if info.dense[1] or not info.matrix else (stack, columns)
-        right = right if info.measured else (stack, columns)
+        if not info.measured:
+            left, right = (stack, 0), (stack, 0)
         dtype = kept_dtype(info, options)
         found[info.name] = (jnp.zeros(left, dtype), jnp.zeros(right, dtype))
     return found

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvax._printed import Printed
+from curvax.optim._quasi_newton import QuasiNewtonState
 from curvax.optim._state import OptimiserState
 
 
@@ -97,10 +98,12 @@ def report(state: OptimiserState) -> OptimiserReport:
             "the member that is."
         )
     known = state.curvature
+    # K-BFGS keeps inverses of what it has no factors of.
+    kept = known.factors | (known.inverses if isinstance(known, QuasiNewtonState) else {})
     rows = [
         BlockRow(
             name,
-            _described(*known.factors[name]),
+            _described(*kept[name]),
             _total(known.rejected[name]),
             _total(known.fallbacks[name]),
         )
@@ -110,9 +113,8 @@ def report(state: OptimiserState) -> OptimiserReport:
 
 
 def _described(left: Any, right: Any) -> str:
-    if left.ndim == 2 and right.ndim == 2:
-        # Blocks without statistics have columns of their own, which no diagonal block has.
-        return "first order" if right.shape[1] != 1 or not np.any(left) else "diagonal"
+    if left.shape[1] == 0:
+        return "first order"
     if left.ndim == 2 and right.shape[1:] == (1, 1):
         return "diagonal"
     return " ⊗ ".join("dense" if factor.ndim == 3 else "diagonal" for factor in (left, right))

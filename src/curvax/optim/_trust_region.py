@@ -31,7 +31,8 @@ def kf_trust_region(
     radius: float = 1.0,
     *,
     example: PyTree,
-    damping: Damping = Damping(1e-3),  # noqa: B008
+    damping: float = 1e-3,
+    penalty: float = 0.0,
     factors: Factors = Factors(),  # noqa: B008
     schedule: Schedule = Schedule(),  # noqa: B008
 ) -> optax.GradientTransformationExtraArgs:
@@ -44,11 +45,12 @@ def kf_trust_region(
     Args:
         model_fn: `model_fn(params, x)` → outputs, for ONE example.
         loss: `loss(output, target)` → scalar, for one example, convex in the outputs. The objective f is its MEAN over
-            the batch, and ½ `damping.penalty` ‖θ‖² where that is given.
+            the batch, and ½ `penalty` ‖θ‖² where that is given.
         radius: r at the start: √(δᵀFδ), for a likelihood √2 times the root of the Kullback–Leibler divergence that a
             step may make.
         example: One example of the inputs (arrays or `jax.ShapeDtypeStruct`s), of which only the shapes count.
-        damping: Of F; `initial`, `exact` and `penalty` are read, for the radius takes the place of adaptation.
+        damping: λ, > 0: π√(λ + η) and √(λ + η)/π are added to the factors of F. It stays, for the radius is adapted.
+        penalty: η, where the objective has ½ η ‖θ‖² in it, as the gradients that you pass then have.
         factors: How the factors are estimated.
         schedule: When, and when they are factorised.
 
@@ -58,7 +60,7 @@ def kf_trust_region(
 
     Raises:
         TypeError: An argument of another kind.
-        ValueError: A radius that is not positive; in `update` what is missing or does not fit.
+        ValueError: A radius, damping or penalty out of its range; in `update` what is missing or does not fit.
 
     Cost: that of `kfac` with a fixed learning rate, and a forward pass.
 
@@ -81,22 +83,13 @@ def kf_trust_region(
         ```
     """
     check_functions(model_fn, loss)
-    for name, value, wanted in (
-        ("damping", damping, Damping),
-        ("factors", factors, Factors),
-        ("schedule", schedule, Schedule),
-    ):
-        check_option(name, value, wanted)
-    if not isinstance(radius, int | float | np.generic) or not 0 < radius < np.inf:
-        raise ValueError(f"`radius` must be a number above 0, found {radius!r}.")
-    if damping.kl_clip is not None:
-        raise ValueError(
-            "`damping.kl_clip` is for other optimisers; here `radius` bounds the steps: radius² = kl_clip."
-        )
+    check_option("factors", factors, Factors)
+    check_option("schedule", schedule, Schedule)
+    for name, value in (("radius", radius), ("damping", damping)):
+        if not isinstance(value, int | float | np.generic) or not 0 < float(value) < np.inf:
+            raise ValueError(f"`{name}` must be a number above 0, found {value!r}.")
     # λ stays: nothing but the refresh of inverses takes turns.
-    fixed = Damping(
-        damping.initial, None, limits=damping.limits, exact=damping.exact, penalty=damping.penalty
-    )
+    fixed = Damping(damping, None, limits=(damping, damping), penalty=penalty)
     curvature = KroneckerCurvature(factors, schedule, fixed)
     draws = factors.kind == "monte_carlo"
 
@@ -122,7 +115,7 @@ def kf_trust_region(
         now = checked(model_fn, loss, params, state, inputs, targets, key, draws)
         gradient = now.pack(gradient_leaves(updates, now))
         dtype = state.damping.dtype
-        total = jnp.asarray(damping.initial + damping.penalty, dtype)
+        total = jnp.asarray(damping + penalty, dtype)
         known = curvature.observe(state.curvature, now, total)
         solved = curvature.apply(known, now.infos, gradient, total)
         # gᵀF⁻¹g, the squared length of the whole step in F.
@@ -132,7 +125,7 @@ def kf_trust_region(
         step = {name: -share.astype(part.dtype) * part for name, part in solved.items()}
         predicted = (0.5 * share**2 - share) * squared
         before = now.mean_loss(*now.outputs(now.leaves)).astype(dtype)
-        change, after = change_of_objective(now, step, before, damping.penalty)
+        change, after = change_of_objective(now, step, before, penalty)
         # At a stationary point the model promises nothing, and there is nothing to judge.
         ratio = jnp.where(squared == 0, 1, change / predicted)
         lost = jnp.abs(predicted) <= 10 * jnp.finfo(dtype).eps * jnp.abs(before)
