@@ -6,6 +6,7 @@ from curvax import diagnostics as diagnostics
 from curvax import implicit as implicit
 from curvax import linear as linear
 from curvax import operators as operators
+from curvax import optim as optim
 from curvax import unroll as unroll
 from curvax._results import RESULTS as RESULTS
 from curvax.bilevel import Bilevel as Bilevel

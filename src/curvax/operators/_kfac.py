@@ -238,10 +238,10 @@ def _factors(layers: Layers, taken: Pass, params: PyTree, inputs: PyTree, sharin
         }
     else:
         sums = {name: list(m) for name, m in measure(taken.cotangents, SecondMoments(sharing), False).items()}
-    return {group.name: _of_group(group, sums[group.name], num_examples(inputs)) for group in layers.groups}
+    return {group.name: of_group(group, sums[group.name], num_examples(inputs)) for group in layers.groups}
 
 
-def _of_group(group: Group, moments: list[Moments], examples: int) -> tuple[Array, Array]:
+def of_group(group: Group, moments: list[Moments], examples: int) -> tuple[Array, Array]:
     """The factors of a block from the moments of its sites."""
     if not moments:
         stack, rows, columns = group.block.shape

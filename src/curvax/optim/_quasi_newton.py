@@ -1,0 +1,268 @@
+"""The curvature of K-BFGS: one BFGS update a step for the inverse of each factor of each layer."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from curvax.capture import AbstractInputs, Moments, Site, statistics
+from curvax.operators._gauss_newton import num_examples
+from curvax.operators._kfac import of_group
+from curvax.operators._kfac_statistics import passes
+from curvax.optim._blocks import BlockInfo, Context, Matrices
+from curvax.optim._estimates import Counts, OptimiserMoments, Pairs, empty, kept_dtype
+from curvax.optim._inverses import EXACT, multiplied, shifted_inverses
+from curvax.optim._kronecker import (
+    AbstractCurvature,
+    diagonal_solve,
+    learned,
+    mean_weight,
+    scale_of_curvature,
+    wide,
+)
+from curvax.optim._options import Factors
+
+# Least curvature along a step, relative to what H says: Powell's damping.
+LEAST_CURVATURE = 0.2
+# Of the running means of s and y, as in the source.
+PAIRS_DECAY = 0.9
+
+
+class Flow(NamedTuple):
+    """Means over a batch of what flows through a layer.
+
+    Attributes:
+        inputs: Mean input, over examples and positions, (stack, in).
+        gradients: Mean over the examples of the gradient in what the layer returns, positions summed, (stack, out).
+    """
+
+    inputs: Float[Array, "stack in"]
+    gradients: Float[Array, "stack out"]
+
+
+class QuasiNewtonState(NamedTuple):
+    """The state of K-BFGS's curvature.
+
+    Attributes:
+        seen: Batches in the running means.
+        factors: Second moments of the inputs of each layer, and the diagonal of those of the gradients; running means.
+        inverses: H of the rows (gradients) and of the columns (inputs) of each layer.
+        pairs: Running means of the changes s of what a layer returns, and y of the gradients in it.
+        flow: Of the batch of the step, before it.
+        rejected: Batches of which the statistics were not finite, and were left out.
+        fallbacks: Updates of an inverse that were not finite or had no curvature, and were left out.
+    """
+
+    seen: Int[Array, ""]
+    factors: Pairs
+    inverses: Pairs
+    pairs: Pairs
+    flow: dict[str, Flow]
+    rejected: Counts
+    fallbacks: Counts
+
+
+class _Measured(eqx.Module):
+    """Sums over the examples of inputs and of cotangents; with moments, their second moments too."""
+
+    moments: bool = eqx.field(static=True)
+
+    def __call__(
+        self, site: Site, inputs: AbstractInputs, cotangents: Array, aux: PyTree
+    ) -> tuple[Moments | None, Flow | None]:
+        """Of one member of the stack."""
+        found = OptimiserMoments("expand")(site, inputs, cotangents, aux) if self.moments else None
+        if site.geometry is None or "diagonal" in (site.input_factor, site.cotangent_factor):
+            return found, None
+        means = inputs.mean(inputs.mask(cotangents)).astype(cotangents.dtype)
+        return found, Flow(jnp.sum(means, axis=0), jnp.sum(cotangents, axis=(0, 1)))
+
+
+class QuasiNewtonCurvature(AbstractCurvature):
+    """H_G ⊗ H_A for every layer of one use; diagonals of the empirical Fisher matrix for all else."""
+
+    options: Factors
+
+    def init(self, infos: tuple[BlockInfo, ...]) -> QuasiNewtonState:
+        """Identities."""
+        factors = empty(infos, self.options)
+        inverses: Pairs = {}
+        pairs: Pairs = {}
+        flow: dict[str, Flow] = {}
+        for info in infos:
+            stack, rows, columns = info.shape
+            dtype = kept_dtype(info, self.options)
+            if info.single:
+                eyes = [jnp.broadcast_to(jnp.eye(n, dtype=dtype), (stack, n, n)) for n in (rows, columns)]
+                inverses[info.name] = (eyes[0], eyes[1])
+                pairs[info.name] = (jnp.zeros((stack, rows), dtype), jnp.zeros((stack, rows), dtype))
+                flow[info.name] = Flow(jnp.zeros((stack, columns), dtype), jnp.zeros((stack, rows), dtype))
+            if info.matrix:
+                left, right = factors[info.name]
+                factors[info.name] = (_diagonal(left), right if info.single else _diagonal(right))
+        counts = lambda: {info.name: jnp.zeros(info.shape[0], jnp.int32) for info in infos}
+        start = jnp.zeros((), jnp.int32)
+        return QuasiNewtonState(start, factors, inverses, pairs, flow, counts(), counts())
+
+    def observe(self, state: QuasiNewtonState, context: Context, damping: Scalar) -> QuasiNewtonState:
+        """Second moments of the inputs, and one update of their inverses along what they do to the mean input."""
+        moments, flow = self._measured(context, moments=True)
+        pairs: Pairs = {}
+        for group, info in zip(context.layers.groups, context.infos, strict=True):
+            left, right = of_group(group, moments[group.name], num_examples(context.inputs))
+            if info.matrix:
+                left, right = _diagonal(left), right if info.single else _diagonal(right)
+            pairs[group.name] = (left, right)
+        first = state.seen == 0
+        state = learned(state, pairs, context.infos, self.options)
+        inverses, fallbacks = dict(state.inverses), dict(state.fallbacks)
+        singles = [info for info in context.infos if info.single]
+        factors = {info.name: wide(state.factors[info.name][1]) for info in singles}
+        root = jnp.sqrt(damping)
+
+        def start(old: dict[str, Array]) -> tuple[dict[str, Array], Counts]:
+            shifts = [jnp.broadcast_to(root.astype(f.dtype), f.shape[:1]) for f in factors.values()]
+            found = dict(zip(factors, shifted_inverses(list(factors.values()), shifts), strict=True))
+            bad = {name: failed.astype(jnp.int32) for name, (_, failed) in found.items()}
+            return {name: inverse.astype(old[name].dtype) for name, (inverse, _) in found.items()}, bad
+
+        def update(old: dict[str, Array]) -> tuple[dict[str, Array], Counts]:
+            new, bad = {}, {}
+            for name, factor in factors.items():
+                inverse = wide(old[name])
+                s = _product(inverse, wide(flow[name].inputs).astype(factor.dtype))
+                y = _product(factor, s) + root.astype(factor.dtype) * s
+                updated, good = bfgs(inverse, s, y)
+                new[name] = jnp.where(good[:, None, None], updated, inverse).astype(old[name].dtype)
+                bad[name] = (~good & ~jnp.all(s == 0, axis=1)).astype(jnp.int32)
+            return new, bad
+
+        columns, bad = jax.lax.cond(
+            first, start, update, {info.name: inverses[info.name][1] for info in singles}
+        )
+        for info in singles:
+            fallbacks[info.name] = fallbacks[info.name] + bad[info.name]
+            inverses[info.name] = (inverses[info.name][0], columns[info.name])
+        kept = {
+            info.name: jax.tree.map(
+                lambda new, old: new.astype(old.dtype), flow[info.name], state.flow[info.name]
+            )
+            for info in singles
+        }
+        return state._replace(inverses=inverses, fallbacks=fallbacks, flow=kept)
+
+    def apply(
+        self, state: QuasiNewtonState, infos: tuple[BlockInfo, ...], matrices: Matrices, damping: Scalar
+    ) -> Matrices:
+        """Block by block."""
+        rough = scale_of_curvature(state.factors, infos)
+        results = {}
+        for info in infos:
+            vector = matrices[info.name]
+            if info.single:
+                left, right = (wide(side).astype(vector.dtype) for side in state.inverses[info.name])
+                results[info.name] = multiplied(left, vector, right)
+            elif info.matrix:
+                left, right = (wide(side).astype(vector.dtype) for side in state.factors[info.name])
+                results[info.name] = vector / (
+                    left[:, :, None] * right[:, None, :] + damping.astype(vector.dtype)
+                )
+            else:
+                results[info.name] = diagonal_solve(info, *state.factors[info.name], vector, damping, rough)
+        return results
+
+    def stepped(
+        self, state: QuasiNewtonState, context: Context, step: Matrices, damping: Scalar
+    ) -> QuasiNewtonState:
+        """One update of the inverses of the gradients' factors, from what the step does to the batch."""
+        moved = [
+            leaf + part.astype(leaf.dtype)
+            for leaf, part in zip(context.leaves, context.unpack(step), strict=True)
+        ]
+        there = context._replace(leaves=moved, params=context.with_leaves(moved))
+        _, flow = self._measured(there, moments=False)
+        weights, after = context.pack(context.leaves), context.pack(moved)
+        weight = mean_weight(state.seen - 1, PAIRS_DECAY)
+        inverses, pairs, fallbacks = dict(state.inverses), dict(state.pairs), dict(state.fallbacks)
+        for info in (info for info in context.infos if info.single):
+            old = wide(state.flow[info.name])
+            new = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), flow[info.name], old)
+            s = _product(after[info.name], new.inputs) - _product(weights[info.name], old.inputs)
+            y = new.gradients - old.gradients
+            s, y = (
+                jnp.where(jnp.isfinite(fresh), kept + weight.astype(kept.dtype) * (fresh - kept), kept)
+                for kept, fresh in zip(wide(state.pairs[info.name]), (s, y), strict=True)
+            )
+            inverse = wide(inverses[info.name][0])
+            scale = jnp.sum(s * y, axis=1) / jnp.sum(y * y, axis=1)
+            usable = jnp.isfinite(scale) & (scale > 0) & (state.seen == 1)
+            inverse = jnp.where(usable[:, None, None], scale[:, None, None] * inverse, inverse)
+            updated, good = bfgs(inverse, *damped(inverse, s, y, jnp.sqrt(damping).astype(s.dtype)))
+            still = jnp.all(s == 0, axis=1)
+            rows = jnp.where(good[:, None, None], updated, inverse)
+            inverses[info.name] = (rows.astype(inverses[info.name][0].dtype), inverses[info.name][1])
+            pairs[info.name] = tuple(  # type: ignore[assignment]
+                part.astype(like.dtype) for part, like in zip((s, y), state.pairs[info.name], strict=True)
+            )
+            fallbacks[info.name] = fallbacks[info.name] + (~good & ~still).astype(jnp.int32)
+        return state._replace(inverses=inverses, pairs=pairs, fallbacks=fallbacks)
+
+    def _measured(self, context: Context, moments: bool) -> tuple[dict[str, list[Moments]], dict[str, Flow]]:
+        """Second moments of all sites, and the flow through the layers, with the gradients of the examples."""
+        taken = passes(context.layers, context.loss, "empirical", context.inputs, context.targets, None)
+        found = statistics(
+            context.layers,
+            context.params,
+            context.inputs,
+            taken.cotangents,
+            _Measured(moments),
+            targets=taken.targets,
+        )
+        size = num_examples(context.inputs)
+        flow = {}
+        for group, info in zip(context.layers.groups, context.infos, strict=True):
+            if info.single:
+                ((_, sums),) = found[group.name]
+                flow[group.name] = Flow(sums.inputs / (size * group.sites[0].steps), sums.gradients / size)
+        return {name: [m for m, _ in parts] for name, parts in found.items()}, flow
+
+
+def bfgs(
+    inverse: Float[Array, "stack n n"], s: Float[Array, "stack n"], y: Float[Array, "stack n"]
+) -> tuple[Float[Array, "stack n n"], Bool[Array, " stack"]]:
+    """(I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ, ρ = 1/sᵀy, and whether that is finite and ρ positive."""
+    along = jnp.sum(s * y, axis=1)
+    good = along > 0
+    rho = 1 / jnp.where(good, along, 1)
+    u = _product(inverse, y)
+    outer = lambda a, b: a[:, :, None] * b[:, None, :]
+    weight = rho**2 * jnp.sum(y * u, axis=1) + rho
+    cross = outer(s, u)
+    updated = (
+        inverse - rho[:, None, None] * (cross + cross.swapaxes(1, 2)) + weight[:, None, None] * outer(s, s)
+    )
+    return updated, good & jnp.isfinite(jnp.sum(updated, axis=(1, 2)))
+
+
+def damped(
+    inverse: Float[Array, "stack n n"], s: Float[Array, "stack n"], y: Float[Array, "stack n"], shift: Scalar
+) -> tuple[Float[Array, "stack n"], Float[Array, "stack n"]]:
+    """Double damping: s with sᵀy ≥ 0.2 yᵀHy (Powell's, on H), then y + shift · s (Levenberg and Marquardt's)."""
+    u = _product(inverse, y)
+    along, modelled = jnp.sum(s * y, axis=1), jnp.sum(y * u, axis=1)
+    short = along < LEAST_CURVATURE * modelled
+    share = jnp.where(short, (1 - LEAST_CURVATURE) * modelled / jnp.where(short, modelled - along, 1), 1)[
+        :, None
+    ]
+    s = share * s + (1 - share) * u
+    return s, y + shift * s
+
+
+def _product(matrix: Array, vector: Array) -> Array:
+    return jnp.einsum("sij,sj->si", matrix, vector, precision=EXACT)
+
+
+def _diagonal(factor: Array) -> Array:
+    return factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=1, axis2=2)

@@ -1,0 +1,284 @@
+"""From directions to steps: learning rate, momentum, clip and adaptive damping, the same for every curvature."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar
+
+from curvax._pytree import tree_where
+from curvax.optim._blocks import Context, Matrices
+from curvax.optim._options import Damping, Momentum
+from curvax.optim._quadratic import inner, minimiser, quadratic
+from curvax.optim._state import OptimiserState, StepInfo
+
+Rate = Callable[[Array], Any] | None
+
+
+# A step that is not taken raises the damping as so many that were poor: the next one must differ.
+REFUSED = 5
+
+
+class Proposal(NamedTuple):
+    """A step, before anybody looked where it leads.
+
+    Attributes:
+        step: δ.
+        velocity: For the next step.
+        learning_rate: α in it.
+        momentum: μ in it.
+        loss: Mean loss before it, None where that is not known yet.
+        predicted: M(δ), likewise.
+        good: Whether it is finite.
+    """
+
+    step: Matrices
+    velocity: Matrices
+    learning_rate: Scalar
+    momentum: Scalar
+    loss: Scalar | None
+    predicted: Scalar | None
+    good: Bool[Array, ""]
+
+
+class Judgement(NamedTuple):
+    """What came of a look at the objective after a step."""
+
+    damping: Scalar
+    loss: Scalar
+    ratio: Scalar
+    down: Bool[Array, ""]
+
+
+class Tail(eqx.Module):
+    """What all optimisers do with a preconditioned gradient.
+
+    Attributes:
+        learning_rate: A function of the number of steps before; None for the one of the exact quadratic model.
+        momentum: None for that of the model too, or for none beside a given learning rate.
+        damping: Its adaptation and the clip.
+    """
+
+    learning_rate: Rate
+    momentum: Momentum | None
+    damping: Damping
+
+    @property
+    def keeps_velocity(self) -> bool:
+        """Whether a step depends on the ones before."""
+        return self.learning_rate is None if self.momentum is None else self.momentum.decay > 0
+
+    def __call__(
+        self, state: OptimiserState, now: Context, gradient: Matrices, solve: Callable[[Matrices], Matrices]
+    ) -> tuple[Matrices, Matrices, Scalar, StepInfo]:
+        """The step, and velocity, damping and report after it.
+
+        Args:
+            state: Before it.
+            now: Model and batch.
+            gradient: Of the objective.
+            solve: The preconditioner.
+        """
+        velocity, source = self._source(state, gradient)
+        direction = {name: -found for name, found in solve(source).items()}
+        propose = self._of_model if self.learning_rate is None else self._of_rate
+        made = propose(state, now, gradient, source, direction, velocity)
+        judged = self._judged(state, now, gradient, made)
+        taken = made.good & judged.down
+        nothing = {name: jnp.zeros_like(matrix) for name, matrix in made.step.items()}
+        step = tree_where(taken, made.step, nothing)
+        if self.keeps_velocity:
+            # A gradient that is not finite leaves the velocity as it was, a step into the void ends it.
+            after = tree_where(taken, made.velocity, tree_where(made.good, nothing, state.velocity))
+        else:
+            after = {}
+        dtype = state.damping.dtype
+        info = StepInfo(
+            made.learning_rate.astype(dtype),
+            made.momentum.astype(dtype),
+            state.damping,
+            judged.loss.astype(dtype),
+            judged.ratio.astype(dtype),
+            state.info.skipped + (~taken).astype(jnp.int32),
+        )
+        return step, after, judged.damping.astype(dtype), info
+
+    def _source(self, state: OptimiserState, gradient: Matrices) -> tuple[Matrices, Matrices]:
+        """The velocity, and what is preconditioned."""
+        if self.momentum is None or self.momentum.place == "after" or not self.keeps_velocity:
+            return state.velocity, gradient
+        decay = self.momentum.decay
+        mean = {name: decay * state.velocity[name] + (1 - decay) * g for name, g in gradient.items()}
+        weight = 1 - decay ** (state.count + 1).astype(state.damping.dtype)
+        return mean, {name: v / weight.astype(v.dtype) for name, v in mean.items()}
+
+    @property
+    def _is_before(self) -> bool:
+        return self.momentum is not None and self.momentum.place == "before"
+
+    def _of_rate(
+        self,
+        state: OptimiserState,
+        now: Context,
+        gradient: Matrices,
+        source: Matrices,
+        direction: Matrices,
+        velocity: Matrices,
+    ) -> Proposal:
+        """With a given learning rate."""
+        assert self.learning_rate is not None
+        dtype = state.damping.dtype
+        rate = jnp.asarray(self.learning_rate(state.count)).astype(dtype)
+        decay = jnp.asarray(0 if self.momentum is None else self.momentum.decay, dtype)
+        size = -inner([direction], [source])[0, 0].astype(dtype)
+        if self.damping.kl_clip is not None:
+            rate = rate * _shortening(self.damping.kl_clip, rate**2 * size)
+        step = _scaled(rate, direction)
+        if self.keeps_velocity and not self._is_before:
+            step = _sum(step, _scaled(decay, velocity))
+            velocity = step
+        return Proposal(step, velocity, rate, decay, None, None, jnp.isfinite(size))
+
+    def _of_model(
+        self,
+        state: OptimiserState,
+        now: Context,
+        gradient: Matrices,
+        source: Matrices,
+        direction: Matrices,
+        velocity: Matrices,
+    ) -> Proposal:
+        """With the learning rate, and unless it is given the momentum, that minimise the exact model."""
+        del source
+        second = self.keeps_velocity and not self._is_before
+        directions = [direction, velocity] if second else [direction]
+        model = quadratic(now, directions)
+        shift = state.damping + self.damping.penalty
+        matrix = model.curvature + shift.astype(model.curvature.dtype) * inner(directions, directions)
+        slope = inner(directions, [gradient])[:, 0]
+        if self.momentum is None:
+            weights = minimiser(matrix, slope)
+        elif second:
+            decay = jnp.asarray(self.momentum.decay, slope.dtype)
+            weights = jnp.stack([-(slope[0] + decay * matrix[0, 1]) / matrix[0, 0], decay])
+        else:
+            weights = -slope / matrix[0]
+        # Nothing moves where the gradient is zero.
+        weights = jnp.where(matrix[0, 0] > 0, weights, jnp.where(matrix[0, 0] == 0, 0, jnp.nan))
+        if self.damping.kl_clip is not None:
+            weights = weights * _shortening(self.damping.kl_clip, weights @ model.curvature @ weights)
+        step = _scaled(weights[0], direction)
+        if second:
+            step = _sum(step, _scaled(weights[1], velocity))
+        predicted = slope @ weights + 0.5 * weights @ matrix @ weights
+        good = jnp.all(jnp.isfinite(weights)) & jnp.all(jnp.isfinite(slope))
+        momentum = (
+            weights[1]
+            if second
+            else jnp.asarray(self.momentum.decay if self.momentum is not None else 0, weights.dtype)
+        )
+        kept = velocity if self._is_before else step
+        return Proposal(step, kept, weights[0], momentum, model.loss, predicted, good)
+
+    def _judged(self, state: OptimiserState, now: Context, gradient: Matrices, made: Proposal) -> Judgement:
+        """Where the step leads, in every so many of them."""
+        kept = Judgement(state.damping, state.info.loss, state.info.ratio, jnp.asarray(True))
+        if self.damping.every is None:
+            return kept
+
+        def look(kept: Judgement) -> Judgement:
+            before, predicted = made.loss, made.predicted
+            if before is None or predicted is None:
+                model = quadratic(now, [made.step])
+                shift = state.damping + self.damping.penalty
+                squared = inner([made.step], [made.step])[0, 0]
+                slope = inner([made.step], [gradient])[0, 0]
+                before = model.loss
+                predicted = slope + 0.5 * (model.curvature[0, 0] + shift.astype(squared.dtype) * squared)
+            change, after = change_of_objective(now, made.step, before, self.damping.penalty)
+            # A change that is lost in the rounding of the loss says nothing.
+            lost = jnp.abs(predicted) <= 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+            down = jnp.isfinite(after) & ((change <= 0) | lost)
+            # A gradient that is not finite says nothing either.
+            silent = lost | ~made.good
+            ratio = change / predicted
+            return Judgement(
+                jnp.where(silent, state.damping, self._adapted(state.damping, ratio, predicted, down)),
+                before.astype(kept.loss.dtype),
+                ratio.astype(kept.ratio.dtype),
+                down,
+            )
+
+        due = (state.count % self.damping.every == self.damping.every - 1) | (
+            state.count < self.damping.every
+        )
+        return jax.lax.cond(due, look, lambda kept: kept, kept)
+
+    def _adapted(self, damping: Scalar, ratio: Scalar, predicted: Scalar, down: Bool[Array, ""]) -> Scalar:
+        """Levenberg and Marquardt's rule."""
+        assert self.damping.every is not None
+        factor = self.damping.factor**self.damping.every
+        # A step that is one up in the model itself is too long.
+        poor = ~(ratio >= 0.25) | (predicted > 0)
+        changed = jnp.where(poor, damping / factor, jnp.where(ratio > 0.75, damping * factor, damping))
+        changed = jnp.where(down, changed, damping / factor**REFUSED)
+        return jnp.clip(changed, *self.damping.limits).astype(damping.dtype)
+
+
+def change_of_objective(
+    now: Context, step: Matrices, before: Scalar, penalty: float
+) -> tuple[Scalar, Scalar]:
+    """f(θ + δ) − f(θ), and the mean loss at θ + δ.
+
+    Args:
+        now: Of the step.
+        step: δ.
+        before: The mean loss at θ.
+        penalty: η of ½ η ‖θ‖² in the objective.
+    """
+    moved = [leaf + part.astype(leaf.dtype) for leaf, part in zip(now.leaves, now.unpack(step), strict=True)]
+    after = now.mean_loss(*now.outputs(moved)).astype(before.dtype)
+    change = after - before
+    if penalty:
+        there = now.pack(now.leaves)
+        both = inner([step], [there, step])[0].astype(change.dtype)
+        change = change + penalty * (both[0] + 0.5 * both[1])
+    return change, after
+
+
+def as_rate(learning_rate: Any) -> Rate:
+    """A function of the number of steps; None stays.
+
+    Raises:
+        TypeError: Neither None, a number nor a function.
+        ValueError: Not above zero.
+    """
+    if learning_rate is None or callable(learning_rate):
+        return learning_rate
+    if not isinstance(learning_rate, int | float | np.ndarray | np.generic | jax.Array):
+        raise TypeError(
+            "`learning_rate` must be a number, an optax schedule, or None for the one of the exact quadratic model; "
+            f"found {type(learning_rate).__name__}."
+        )
+    if not isinstance(learning_rate, jax.Array) and not float(learning_rate) > 0:
+        raise ValueError(f"`learning_rate` must be above 0, found {learning_rate!r}.")
+    return lambda count: learning_rate
+
+
+def _shortening(most: float, squared: Scalar) -> Scalar:
+    """What brings a squared length down to its bound."""
+    bound = jnp.asarray(most, squared.dtype)
+    return jnp.where(
+        squared > bound, jnp.sqrt(bound / jnp.maximum(squared, bound)), jnp.ones((), squared.dtype)
+    )
+
+
+def _scaled(scale: Float[Array, ""], matrices: Matrices) -> Matrices:
+    return {name: scale.astype(matrix.dtype) * matrix for name, matrix in matrices.items()}
+
+
+def _sum(first: Matrices, second: Matrices) -> Matrices:
+    return {name: matrix + second[name] for name, matrix in first.items()}

@@ -1,0 +1,156 @@
+"""Optax transformations from a curvature: what all constructors of this room share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from curvax._pytree import tree_dtype
+from curvax.operators._cotangents import Loss
+from curvax.optim._blocks import BlockInfo, Context, Matrices, context, example_layers
+from curvax.optim._kronecker import AbstractCurvature
+from curvax.optim._options import Damping, Momentum, as_momentum
+from curvax.optim._state import OptimiserState, StepInfo
+from curvax.optim._tail import Tail, as_rate
+
+ModelFn = Callable[[PyTree, PyTree], PyTree]
+
+
+def transformation(
+    curvature: AbstractCurvature,
+    model_fn: ModelFn,
+    loss: Loss,
+    learning_rate: Any,
+    *,
+    example: PyTree,
+    momentum: float | Momentum | None,
+    damping: Damping,
+    draws: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser with a curvature.
+
+    Args:
+        curvature: Which.
+        model_fn: Of parameters and one example.
+        loss: Of one example.
+        learning_rate: A number, a schedule or None.
+        example: Of the inputs.
+        momentum: A number, a `Momentum` or None.
+        damping: Options.
+        draws: Whether a key is needed.
+    """
+    check_functions(model_fn, loss)
+    tail = Tail(as_rate(learning_rate), as_momentum(momentum), damping)
+
+    def init(params: PyTree) -> OptimiserState:
+        infos = infos_of(model_fn, params, example)
+        dtype = tree_dtype(eqx.filter(params, eqx.is_inexact_array))
+        velocity = zeros_of(infos) if tail.keeps_velocity else {}
+        start = jnp.asarray(damping.initial, dtype)
+        return OptimiserState(
+            jnp.zeros((), jnp.int32), curvature.init(infos), velocity, start, StepInfo.empty(dtype)
+        )
+
+    def update(
+        updates: PyTree,
+        state: OptimiserState,
+        params: PyTree | None = None,
+        *,
+        inputs: PyTree = None,
+        targets: PyTree = None,
+        key: PRNGKeyArray | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, OptimiserState]:
+        del extra
+        now = checked(model_fn, loss, params, state, inputs, targets, key, draws)
+        gradient = now.pack(gradient_leaves(updates, now))
+        total = state.damping + jnp.asarray(damping.penalty, state.damping.dtype)
+        known = curvature.observe(state.curvature, now, total)
+        solve = lambda matrices: curvature.apply(known, now.infos, matrices, total)
+        step, velocity, adapted, info = tail(state, now, gradient, solve)
+        known = curvature.stepped(known, now, step, total)
+        following = OptimiserState(state.count + 1, known, velocity, adapted, info)
+        return like_gradients(updates, now.unpack(step)), following
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_functions(model_fn: Any, loss: Any) -> None:
+    """Raise unless both can be called."""
+    for name, value, form in (("model_fn", model_fn, "(params, x)"), ("loss", loss, "(output, target)")):
+        if not callable(value):
+            raise TypeError(f"`{name}` must be a function {name}{form} of ONE example, found {value!r}.")
+    if isinstance(loss, type):
+        raise TypeError(
+            f"`loss` is the class `{loss.__name__}`; pass an instance of it, `{loss.__name__}()`."
+        )
+
+
+def infos_of(model_fn: ModelFn, params: PyTree, example: PyTree) -> tuple[BlockInfo, ...]:
+    """What is known of the blocks before the first batch."""
+    layers = example_layers(model_fn, params, example)
+    return tuple(BlockInfo.of(group) for group in layers.groups)
+
+
+def zeros_of(infos: tuple[BlockInfo, ...]) -> Matrices:
+    """Zeros in all blocks."""
+    return {info.name: jnp.zeros(info.shape, info.dtype) for info in infos}
+
+
+def checked(
+    model_fn: ModelFn,
+    loss: Loss,
+    params: PyTree,
+    state: OptimiserState,
+    inputs: PyTree,
+    targets: PyTree,
+    key: PRNGKeyArray | None,
+    draws: bool,
+) -> Context:
+    """What a step needs, or an error that names what is missing."""
+    needed = {"params": params, "inputs": inputs, "targets": targets}
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"`update` of this optimiser needs {', '.join(f'`{name}`' for name in missing)}: the batch on which the "
+            "gradients were taken, and the parameters. Call `update(grads, state, params, inputs=..., targets=...)`."
+        )
+    if draws and key is None:
+        raise ValueError(
+            '`update` needs a `key`, a new one at each step, for factors of kind "monte_carlo", such as '
+            '`key=jax.random.fold_in(key, step)`; or use `factors=cx.optim.Factors("empirical")`.'
+        )
+    now = context(model_fn, loss, params, inputs, targets, key if draws else None, state.count)
+    found, known = {info.name for info in now.infos}, set(state.curvature.rejected)
+    if found != known:
+        raise ValueError(
+            "`state` belongs to another model: the layers of `model_fn` with these `params` and `inputs` are "
+            f"{sorted(found)}, and `init` found {sorted(known)}. Call `init` again."
+        )
+    return now
+
+
+def gradient_leaves(updates: PyTree, now: Context) -> list[Array]:
+    """The gradients of the floating-point parameters, in order."""
+    leaves = jax.tree.leaves(eqx.filter(updates, eqx.is_inexact_array))
+    found, wanted = [leaf.shape for leaf in leaves], [leaf.shape for leaf in now.leaves]
+    if found != wanted:
+        raise ValueError(
+            "`updates` must be the gradients with respect to all floating-point arrays of `params`, of the shapes "
+            f"{wanted}; found {found}."
+        )
+    return leaves
+
+
+def like_gradients(updates: PyTree, leaves: list[Array]) -> PyTree:
+    """Steps in the places and dtypes of the gradients."""
+    all_leaves, treedef = jax.tree.flatten(updates)
+    remaining = iter(leaves)
+    replaced = [
+        next(remaining).astype(leaf.dtype) if eqx.is_inexact_array(leaf) else leaf for leaf in all_leaves
+    ]
+    return jax.tree.unflatten(treedef, replaced)
