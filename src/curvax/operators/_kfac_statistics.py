@@ -73,25 +73,41 @@ def passes(
     return Pass(several, mixed, given, True)
 
 
-class InputMoments(eqx.Module):
-    """Those of the inputs, and their count; what is not returned is not computed."""
+class FactorMoments(eqx.Module):
+    """Second moments as K-FAC takes them: of the inputs their MEAN over what counts, of the cotangents Σ g gᵀ / N.
+
+    Divided where they are computed, one multiplication more in a kernel that is there anyway: what a `scan` stacks is
+    what is returned, and no second array of the size of all factors is needed. The steps of a `scan` that shares its
+    weight have counts of their own, so that of their inputs the SUM is taken.
+
+    Attributes:
+        sharing: `"expand"` or `"reduce"`.
+        part: Which of both to compute; what is not asked for is a zero, and not computed.
+    """
 
     sharing: Literal["expand", "reduce"] = eqx.field(static=True)
+    part: Literal["both", "inputs", "cotangents"] = eqx.field(static=True, default="both")
 
     def __call__(self, site: Site, inputs: AbstractInputs, cotangents: Array, aux: PyTree) -> Moments:
         """Of one member of the stack."""
         found = SecondMoments(self.sharing)(site, inputs, cotangents, aux)
-        return found._replace(cotangents=jnp.zeros((), found.inputs.dtype))
+        nothing = jnp.zeros((), found.count.dtype)
+        read, returned = nothing, nothing
+        if self.part != "cotangents":
+            read = found.inputs
+            if site.steps == 1:
+                read = jnp.where(found.count > 0, read / jnp.maximum(found.count, 1).astype(read.dtype), 0)
+        if self.part != "inputs":
+            returned = found.cotangents / len(cotangents)
+        return Moments(read, returned, found.count)
 
 
-class CotangentMoments(eqx.Module):
-    """Those of the cotangents alone."""
-
-    sharing: Literal["expand", "reduce"] = eqx.field(static=True)
-
-    def __call__(self, site: Site, inputs: AbstractInputs, cotangents: Array, aux: PyTree) -> Array:
-        """Of one member of the stack."""
-        return SecondMoments(self.sharing)(site, inputs, cotangents, aux).cotangents
+def sum_of_inputs(site: Site, moments: Moments) -> Array:
+    """Σ x xᵀ over what counts at a site, from `FactorMoments`."""
+    if site.steps > 1:
+        return moments.inputs
+    count = moments.count.reshape(-1, *(1,) * (moments.inputs.ndim - 1))
+    return moments.inputs * count.astype(moments.inputs.dtype)
 
 
 class Squares(eqx.Module):
