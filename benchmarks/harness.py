@@ -38,6 +38,8 @@ VERSIONS = (
     "optimistix",
     "optax",
     "jaxopt",
+    "curvlinops-for-pytorch",
+    "torch",
     "numpy",
     "scipy",
     "scikit-learn",
