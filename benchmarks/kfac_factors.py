@@ -147,7 +147,8 @@ def peer(name, arrays):
     def gradient():
         torch.autograd.grad(loss(model(inputs), targets), params)
 
-    def factors(count=len(inputs), kfac_approx="expand", fisher_type="mc"):
+    def factors(count=None, kfac_approx="expand", fisher_type="mc"):
+        count = count or len(inputs)
         curvature = curvlinops.KFACLinearOperator(
             model, loss, params, of(count), num_per_example_loss_terms=1, separate_weight_and_bias=False,
             kfac_approx=kfac_approx, fisher_type=fisher_type, **(options | {"num_data": count}),
