@@ -25,6 +25,7 @@ from curvax.operators._kronecker import EigenKronecker as EigenKronecker
 from curvax.operators._kronecker import Kronecker as Kronecker
 from curvax.operators._kronecker_sum import KroneckerSum as KroneckerSum
 from curvax.operators._kronecker_sum import nearest_kronecker as nearest_kronecker
+from curvax.operators._layer_blocks import layer_blocks as layer_blocks
 from curvax.operators._layerwise import Layerwise as Layerwise
 from curvax.operators._losses import AbstractLoss as AbstractLoss
 from curvax.operators._losses import BinaryCrossEntropy as BinaryCrossEntropy

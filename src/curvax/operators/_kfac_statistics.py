@@ -23,12 +23,14 @@ class Pass(NamedTuple):
         mixed: Likewise, one direction that is zero only where all are.
         targets: Of all examples.
         directions: Whether `cotangents` has several.
+        number: How many.
     """
 
     cotangents: Callable[[PyTree, PyTree], PyTree]
     mixed: Callable[[PyTree, PyTree], PyTree]
     targets: PyTree
     directions: bool
+    number: int = 1
 
 
 def passes(
@@ -57,7 +59,8 @@ def passes(
         layers.model.outputs,
         one,
     )
-    if jax.tree.leaves(found)[0].shape[0] == 1:
+    number = jax.tree.leaves(found)[0].shape[0]
+    if number == 1:
         return Pass(first, first, given, False)
 
     def mixed(output: PyTree, given: PyTree) -> PyTree:
@@ -70,7 +73,7 @@ def passes(
 
         return jax.tree.map(combination, several(output, given))
 
-    return Pass(several, mixed, given, True)
+    return Pass(several, mixed, given, True, number)
 
 
 class FactorMoments(eqx.Module):
