@@ -1,8 +1,8 @@
 """Dense blocks of layers against the dense Gauss–Newton and Fisher matrix, in float64."""
 
-
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
 
@@ -75,6 +75,30 @@ def test_empirical_blocks_and_their_structure(key):
     np.testing.assert_allclose(flat(rooted), damped @ flat(v), rtol=1e-10)
     np.testing.assert_allclose([trace, logdet], [np.trace(damped), np.linalg.slogdet(damped)[1]], rtol=1e-10)
     np.testing.assert_allclose(diagonal, np.diag(damped), rtol=1e-12)
+
+
+def test_nearest_kronecker_products_of_layers(key):
+    """No farther than K-FAC, nearer with every term, and exact with all of them; of rank 1 as K-FAC is."""
+    params, x, y = _mlp_case(key)
+
+    @quick
+    def everything(params):
+        blocks = ops.layer_blocks(_mlp, SOFTMAX, params, x, y)
+        found = [ops.nearest_kronecker_layers(blocks, rank=rank) for rank in (1, 2, 16)]
+        kfac, first = ops.kfac(_mlp, SOFTMAX, params, x, y), found[0]
+        back = first.damped(0.1).inverse().mv(first.damped(0.1).mv(params))
+        return blocks.as_matrix(), kfac.as_matrix(), [f.as_matrix() for f in found], first, back
+
+    exact, kfac, (one, two, every), first, back = everything(params)
+    distances = [np.linalg.norm(np.asarray(found) - exact) for found in (kfac, one, two, every)]
+    assert distances[0] > 1.01 * distances[1] > 1.01 * distances[2] and distances[3] < 1e-12
+    assert np.linalg.eigvalsh(one)[0] > -1e-12 and lx.is_positive_semidefinite(first)
+    for name in params:
+        np.testing.assert_allclose(back[name], params[name], rtol=1e-9)
+    with pytest.raises(ValueError, match="layer_blocks"):
+        ops.nearest_kronecker_layers(first)
+    with pytest.raises(ValueError, match="rank"):
+        ops.nearest_kronecker_layers(first, rank=0)
 
 
 def test_large_layers_are_refused(key):

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from curvax.capture import Group, Layers, Moments, find_layers, statistics
 from curvax.operators._base import as_arrays, split
 from curvax.operators._cotangents import Kind, Loss, check_kind
-from curvax.operators._gauss_newton import check_examples, num_examples
+from curvax.operators._gauss_newton import check_examples
 from curvax.operators._kfac_statistics import (
     FactorMoments,
     Pass,
-    Squares,
     check_sharing,
+    corrected_values,
     passes,
     sum_of_inputs,
 )
@@ -201,17 +201,10 @@ def _ekfac(
         assert isinstance(block, Stacked)
         eigen = eqx.filter_vmap(lambda one: one.eigen())(block.operator)
         bases[name] = (eigen.left, eigen.right)
-    squares = statistics(
-        layers, params, inputs, taken.cotangents, Squares(), bases,
-        targets=taken.targets, directions=taken.directions,
-    )  # fmt: skip
     blocks = {}
-    for group in layers.groups:
-        values = jnp.zeros(group.block.shape, factored.blocks[group.name].in_structure().dtype)
-        for site, found in zip(group.sites, squares[group.name], strict=True):
-            values = values + (found.swapaxes(1, 2) if site.transposed else found).astype(values.dtype)
-        values = values / num_examples(inputs)
-        blocks[group.name] = Stacked(eqx.filter_vmap(_eigen_kronecker)(*bases[group.name], values))
+    for name, values in corrected_values(layers, taken, params, inputs, bases).items():
+        values = values.astype(factored.blocks[name].in_structure().dtype)
+        blocks[name] = Stacked(eqx.filter_vmap(_eigen_kronecker)(*bases[name], values))
     return Layerwise.of(layers, blocks)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from curvax.capture import AbstractInputs, Layers, Moments, SecondMoments, Site
+from curvax.capture import AbstractInputs, Layers, Moments, SecondMoments, Site, statistics
 from curvax.operators._cotangents import Kind, Loss, cotangents
 from curvax.operators._gauss_newton import num_examples
 
@@ -143,6 +143,33 @@ class Squares(eqx.Module):
 
         start = jnp.zeros((g.shape[-1], inputs.shape[-1]), g.dtype)
         return jax.lax.scan(add, start, (inputs, g, counts))[0]
+
+
+def corrected_values(
+    layers: Layers, taken: Pass, params: PyTree, inputs: PyTree, bases: dict[str, Any]
+) -> dict[str, Array]:
+    """S = Σ (UᵀḡV)² / N of every group, in its bases (U, V); uses of a weight by several sites are added.
+
+    Args:
+        layers: Of the model.
+        taken: Its cotangents.
+        params: Where.
+        inputs: All examples.
+        bases: By name of the group, with the axis of the stack.
+    """
+    squares = statistics(
+        layers, params, inputs, taken.cotangents, Squares(), bases,
+        targets=taken.targets, directions=taken.directions,
+    )  # fmt: skip
+    found = {}
+    for group in layers.groups:
+        values = jnp.zeros(group.block.shape, group.block.structures[0].dtype)
+        sites = zip(group.sites, squares[group.name], strict=True)
+        parts = [s.swapaxes(1, 2) if site.transposed else s for site, s in sites]
+        if parts:
+            values = sum(parts[1:], start=parts[0])
+        found[group.name] = values / num_examples(inputs)
+    return found
 
 
 def check_sharing(sharing: Any) -> None:
