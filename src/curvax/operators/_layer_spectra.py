@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Scalar
 
 from curvax.operators._kronecker import EigenKronecker, Kronecker
 from curvax.operators._layerwise import Layerwise
+from curvax.operators._parts import untagged
 from curvax.operators._stacked import Stacked
 
 
@@ -96,13 +97,15 @@ def in_eigenbases(curvature: Layerwise, method: str) -> Layerwise:
     """
 
     def turned(name: str, block: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
-        if isinstance(block, Stacked) and isinstance(block.operator, EigenKronecker):
-            return block
-        if isinstance(block, Stacked) and isinstance(block.operator, Kronecker):
-            return block.each(lambda one: one.eigen())
+        stack = untagged(block)
+        one = untagged(stack.operator) if isinstance(stack, Stacked) else stack
+        if isinstance(stack, Stacked) and isinstance(one, EigenKronecker):
+            return Stacked(one)
+        if isinstance(stack, Stacked) and isinstance(one, Kronecker):
+            return Stacked(one).each(lambda one: one.eigen())
         raise ValueError(
             f"{method} needs blocks with known eigenvectors, from `kfac` or `ekfac` (damped or not); that of {name!r} "
-            f"is a {type(block.operator if isinstance(block, Stacked) else block).__name__}."
+            f"is a {type(one).__name__}."
         )
 
     blocks = {name: turned(name, block) for name, block in curvature.blocks.items()}
