@@ -41,6 +41,7 @@ VERSIONS = (
     "torch",
     "torchopt",
     "higher",
+    "curvlinops-for-pytorch",
     "numpy",
     "scipy",
     "scikit-learn",

@@ -3,10 +3,13 @@
 Factors of one batch by `cx.operators.kfac`, in float32: of a multilayer perceptron, of a network of 3 × 3 convolutions
 (all of them, those of a quarter of the batch, and reduced ones), and of a transformer whose layers are scanned and
 computed again in reverse mode. One sampled target for each example. Every row is timed in turns with the gradient of
-the same model. No peer measures in this process: others that have K-FAC are written for PyTorch, or an older JAX.
+the same model, and with curvlinops (PyTorch) doing the same for the perceptron and the convolutions, which it knows;
+its rows are left out where it is not installed. Memory is what XLA plans beside arguments and results: the factors of
+a layer are larger than its weight, whoever computes them.
 """
 
 import functools as ft
+from importlib.util import find_spec
 
 import harness
 import jax
@@ -119,6 +122,49 @@ CASES = {
 }
 
 
+def peer(name, arrays):
+    """What curvlinops does, by name: functions to be timed."""
+    import curvlinops
+    import torch
+
+    _, x, y = arrays
+    tensor = lambda array: torch.from_numpy(np.array(array))
+    sizes = [64, 256, 256, 256, 10] if name == "perceptron" else [3, 32, 32, 64, 64, 64]
+    layers: list[torch.nn.Module] = []
+    for i, o in zip(sizes, sizes[1:], strict=False):
+        linear = torch.nn.Linear(i, o) if name == "perceptron" else torch.nn.Conv2d(i, o, 3, padding="same")
+        layers += [linear, torch.nn.Tanh() if name == "perceptron" else torch.nn.ReLU()]
+    if name == "perceptron":
+        model, inputs = torch.nn.Sequential(*layers[:-1]), tensor(x)
+    else:
+        tail = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False)]
+        model, inputs = torch.nn.Sequential(*layers, *tail), tensor(x).permute(0, 3, 1, 2).contiguous()
+    targets, loss = tensor(y).long(), torch.nn.CrossEntropyLoss()
+    params = [p for p in model.parameters() if p.requires_grad]
+    of = lambda count: [(inputs[:count], targets[:count])]
+    options = {"check_deterministic": False, "num_data": len(inputs)}
+
+    def gradient():
+        torch.autograd.grad(loss(model(inputs), targets), params)
+
+    def factors(count=None, kfac_approx="expand", fisher_type="mc"):
+        count = count or len(inputs)
+        curvature = curvlinops.KFACLinearOperator(
+            model, loss, params, of(count), num_per_example_loss_terms=1, separate_weight_and_bias=False,
+            kfac_approx=kfac_approx, fisher_type=fisher_type, **(options | {"num_data": count}),
+        )  # fmt: skip
+        curvature.compute_kronecker_factors()
+
+    def product():
+        curvlinops.GGNLinearOperator(model, loss, params, of(len(inputs)), **options) @ params
+
+    found = {"gradient": gradient, SAMPLED[0]: factors, PRODUCT[0]: product}
+    if name == "perceptron":
+        return found | {EMPIRICAL[0]: ft.partial(factors, fisher_type="empirical")}
+    quarter = ft.partial(factors, count=len(inputs) // 4)
+    return found | {REDUCED[0]: ft.partial(factors, kfac_approx="reduce"), QUARTER[0]: quarter}
+
+
 def measure() -> harness.Report:
     rows, claims = [], []
     for name, (problem, wanted) in CASES.items():
@@ -129,26 +175,38 @@ def measure() -> harness.Report:
             for what, function in [("gradient", gradient), *wanted]
         }
         calls = {what: ft.partial(program, *arrays) for what, program in compiled.items()}
-        times = harness.in_turns(calls, REPEATS)
-        memory = {what: harness.memory_mb(program) for what, program in compiled.items()}
+        peers = peer(name, arrays) if name != "transformer" and find_spec("curvlinops") else {}
+        both = calls | {f"{what} of curvlinops": call for what, call in peers.items()}
+        times = harness.in_turns(both, REPEATS)
+        memory = {
+            what: program.memory_analysis().temp_size_in_bytes / 2**20 for what, program in compiled.items()
+        }
         for what in calls:
-            rows.append(
-                {
-                    "model": name,
-                    "what": what,
-                    "ms": harness.milliseconds(times[what]),
-                    "gradients": harness.ratio(times[what], times["gradient"]),
-                    "MB": memory[what],
-                }
-            )
+            row = {
+                "model": name,
+                "what": what,
+                "ms": harness.milliseconds(times[what]),
+                "gradients": harness.ratio(times[what], times["gradient"]),
+                "MB": memory[what],
+                "curvlinops, ms": "–",
+                "curvlinops, its gradients": "–",
+            }
+            if what in peers:
+                theirs = times[f"{what} of curvlinops"]
+                row["curvlinops, ms"] = harness.milliseconds(theirs)
+                row["curvlinops, its gradients"] = harness.ratio(theirs, times["gradient of curvlinops"])
+            rows.append(row)
         for (what, _), most in wanted.items():
             if most is not None:
                 value = harness.ratio(times[what], times["gradient"])
                 claims.append(harness.Claim(f"{name}: {what}, in gradients", value, at_most=most))
+            if what in peers:
+                value = harness.ratio(times[what], times[f"{what} of curvlinops"])
+                claims.append(harness.Claim(f"{name}: {what}, time ÷ curvlinops'", value, at_most=1.0))
         if name == "transformer":
             value = memory[SAMPLED[0]] / memory["gradient"]
             claims.append(
-                harness.Claim("transformer: memory of the factors ÷ gradient's", value, at_most=1.0)
+                harness.Claim("transformer: temporaries of the factors ÷ gradient's", value, at_most=1.0)
             )
     return harness.Report(
         "Factors of K-FAC and Gauss–Newton products",

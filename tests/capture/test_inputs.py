@@ -136,6 +136,24 @@ def test_convolution_inputs(name, rng):
         np.testing.assert_allclose(moment, plain, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [4, 1], ids=["by offsets", "by patches"])
+def test_convolution_inputs_a_few_images_at_a_time(size, rng, monkeypatch):
+    """Five images, two at a time and the last one alone: the same moment."""
+    window = Window((size, size), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
+    image = jnp.asarray(rng.normal(size=(5, 1, size, size, 4)))
+    inputs = ConvolutionInputs(image, window, (0, 1, 2), True, False)
+    mask = jnp.ones((5, size**2), bool)
+    whole = inputs.second_moment(mask)
+    patches = np.asarray(inputs.array()).reshape(-1, 37)
+    np.testing.assert_allclose(whole, patches.T @ patches, atol=1e-12)
+    copies = 13 if size == 4 else 9
+    bytes_of_two = 2 * copies * image[0].size * 8
+    monkeypatch.setattr("curvax.capture._convolution_inputs._MOST_BYTES", {"cpu": bytes_of_two})
+    program = jax.make_jaxpr(lambda mask: inputs.second_moment(mask))(mask)
+    assert [e.params["length"] for e in program.jaxpr.eqns if e.primitive.name == "scan"] == [3]
+    np.testing.assert_allclose(inputs.second_moment(mask), whole, atol=1e-12)
+
+
 def test_offsets_are_taken_where_they_pay():
     """A 3 × 3 kernel on a large image with channels; not one with strides, one channel or a small image."""
 
@@ -147,4 +165,4 @@ def test_offsets_are_taken_where_they_pay():
     assert by_offsets(32, 32)
     assert not by_offsets(32, 1)
     assert not by_offsets(32, 32, stride=2)
-    assert not by_offsets(2, 32)
+    assert not by_offsets(1, 32)

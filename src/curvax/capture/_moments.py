@@ -41,7 +41,7 @@ class SecondMoments(eqx.Module):
     Args:
         sharing: `"expand"` or `"reduce"`.
 
-    Cost: in² + out² multiplications (half of it on CPU) for each example and shared position, or each example.
+    Cost: in² + out² multiplications for each example and shared position, or each example.
 
     Example:
         ```python

@@ -10,6 +10,7 @@ from curvax.operators._combination import ConvexCombination as ConvexCombination
 from curvax.operators._cross_derivative import CrossDerivative as CrossDerivative
 from curvax.operators._cross_derivative import cross_derivative as cross_derivative
 from curvax.operators._damped import Damped as Damped
+from curvax.operators._eigenvalue_correction import eigenvalue_correction as eigenvalue_correction
 from curvax.operators._fisher import Fisher as Fisher
 from curvax.operators._fisher import fisher as fisher
 from curvax.operators._gauss_newton import GaussNewton as GaussNewton
@@ -25,6 +26,10 @@ from curvax.operators._kronecker import EigenKronecker as EigenKronecker
 from curvax.operators._kronecker import Kronecker as Kronecker
 from curvax.operators._kronecker_sum import KroneckerSum as KroneckerSum
 from curvax.operators._kronecker_sum import nearest_kronecker as nearest_kronecker
+from curvax.operators._layer_blocks import layer_blocks as layer_blocks
+from curvax.operators._layer_blocks import nearest_kronecker_layers as nearest_kronecker_layers
+from curvax.operators._layer_spectra import conditioned as conditioned
+from curvax.operators._layer_spectra import truncated as truncated
 from curvax.operators._layerwise import Layerwise as Layerwise
 from curvax.operators._losses import AbstractLoss as AbstractLoss
 from curvax.operators._losses import BinaryCrossEntropy as BinaryCrossEntropy
@@ -37,6 +42,11 @@ from curvax.operators._low_rank_approximation import randomised_svd as randomise
 from curvax.operators._low_rank_window import LowRankWindow as LowRankWindow
 from curvax.operators._lowest_curvature import LowestCurvature as LowestCurvature
 from curvax.operators._lowest_curvature import lowest_curvature as lowest_curvature
+from curvax.operators._moving_average import MovingAverage as MovingAverage
+from curvax.operators._sampled_fisher import SampledFisher as SampledFisher
+from curvax.operators._sampled_fisher import sampled_fisher as sampled_fisher
+from curvax.operators._sandwich import Sandwich as Sandwich
+from curvax.operators._sandwich import sandwich as sandwich
 from curvax.operators._sketched import Sketched as Sketched
 from curvax.operators._sketches import GaussianSketch as GaussianSketch
 from curvax.operators._sketches import HadamardSketch as HadamardSketch

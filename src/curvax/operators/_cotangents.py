@@ -47,7 +47,7 @@ def cotangents(
             root = loss.hessian_root(output, target) if isinstance(loss, AbstractLoss) else None
             return root if root is not None else _with_rest(_root(of_floats, floating), rest)
         assert key is not None
-        keys = jax.random.split(key, num_samples)
+        keys = jax.random.split(key, num_samples) if num_samples > 1 else key[None]
         scale = 1 / math.sqrt(num_samples)
         if isinstance(loss, AbstractLoss):
             drawn = jax.vmap(lambda key: loss.sample(output, target, key))(keys)

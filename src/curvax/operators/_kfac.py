@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from curvax.capture import Group, Layers, Moments, SecondMoments, find_layers, statistics
+from curvax.capture import Group, Layers, Moments, find_layers, statistics
 from curvax.operators._base import as_arrays, split
 from curvax.operators._cotangents import Kind, Loss, check_kind
-from curvax.operators._gauss_newton import check_examples, num_examples
+from curvax.operators._gauss_newton import check_examples
 from curvax.operators._kfac_statistics import (
-    CotangentMoments,
-    InputMoments,
+    FactorMoments,
     Pass,
-    Squares,
     check_sharing,
+    corrected_values,
     passes,
+    sum_of_inputs,
 )
 from curvax.operators._kronecker import EigenKronecker, Kronecker
 from curvax.operators._layerwise import Layerwise
@@ -201,17 +201,10 @@ def _ekfac(
         assert isinstance(block, Stacked)
         eigen = eqx.filter_vmap(lambda one: one.eigen())(block.operator)
         bases[name] = (eigen.left, eigen.right)
-    squares = statistics(
-        layers, params, inputs, taken.cotangents, Squares(), bases,
-        targets=taken.targets, directions=taken.directions,
-    )  # fmt: skip
     blocks = {}
-    for group in layers.groups:
-        values = jnp.zeros(group.block.shape, factored.blocks[group.name].in_structure().dtype)
-        for site, found in zip(group.sites, squares[group.name], strict=True):
-            values = values + (found.swapaxes(1, 2) if site.transposed else found).astype(values.dtype)
-        values = values / num_examples(inputs)
-        blocks[group.name] = Stacked(eqx.filter_vmap(_eigen_kronecker)(*bases[group.name], values))
+    for name, values in corrected_values(layers, taken, params, inputs, bases).items():
+        values = values.astype(factored.blocks[name].in_structure().dtype)
+        blocks[name] = Stacked(eqx.filter_vmap(_eigen_kronecker)(*bases[name], values))
     return Layerwise.of(layers, blocks)
 
 
@@ -230,32 +223,41 @@ def _factors(layers: Layers, taken: Pass, params: PyTree, inputs: PyTree, sharin
         layers, params, inputs, cotangents, statistic, targets=taken.targets, directions=directions
     )
     if taken.directions:
-        read = measure(taken.mixed, InputMoments(sharing), False)
-        returned = measure(taken.cotangents, CotangentMoments(sharing), True)
-        sums = {
-            name: [m._replace(cotangents=g) for m, g in zip(read[name], returned[name], strict=True)]
+        read = measure(taken.mixed, FactorMoments(sharing, "inputs"), False)
+        returned = measure(taken.cotangents, FactorMoments(sharing, "cotangents"), True)
+        moments = {
+            name: [
+                m._replace(cotangents=g.cotangents) for m, g in zip(read[name], returned[name], strict=True)
+            ]
             for name in read
         }
     else:
-        sums = {name: list(m) for name, m in measure(taken.cotangents, SecondMoments(sharing), False).items()}
-    return {group.name: of_group(group, sums[group.name], num_examples(inputs)) for group in layers.groups}
+        moments = {
+            name: list(m) for name, m in measure(taken.cotangents, FactorMoments(sharing), False).items()
+        }
+    return {group.name: of_group(group, moments[group.name]) for group in layers.groups}
 
 
-def of_group(group: Group, moments: list[Moments], examples: int) -> tuple[Array, Array]:
-    """The factors of a block from the moments of its sites."""
+def of_group(group: Group, moments: list[Moments]) -> tuple[Array, Array]:
+    """The factors of a block from the moments (`FactorMoments`) of its sites."""
     if not moments:
         stack, rows, columns = group.block.shape
         dtype = group.block.structures[0].dtype
         return jnp.zeros((stack, rows), dtype), jnp.zeros((stack, columns), dtype)
     pairs = []
     for turned in (False, True):
-        same = [m for m, s in zip(moments, group.sites, strict=True) if s.transposed == turned]
-        if same:
-            read, returned, count = jax.tree.map(lambda *parts: sum(parts[1:], start=parts[0]), *same)
+        same = [(s, m) for m, s in zip(moments, group.sites, strict=True) if s.transposed == turned]
+        if not same:
+            continue
+        (site, first), *others = same
+        mean, returned = first.inputs, first.cotangents
+        if others or site.steps > 1:
+            read = sum((sum_of_inputs(*one) for one in others), start=sum_of_inputs(site, first))
+            count = sum((m.count for _, m in others), start=first.count)
             count = count.reshape(-1, *(1,) * (read.ndim - 1)).astype(read.dtype)
             mean = jnp.where(count > 0, read / jnp.maximum(count, 1), 0)
-            returned = returned / examples
-            pairs.append((mean, returned) if turned else (returned, mean))
+            returned = sum((m.cotangents for _, m in others), start=returned)
+        pairs.append((mean, returned) if turned else (returned, mean))
     return pairs[0] if len(pairs) == 1 else _together(pairs)
 
 

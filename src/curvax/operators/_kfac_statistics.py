@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from curvax.capture import AbstractInputs, Layers, Moments, SecondMoments, Site
+from curvax.capture import AbstractInputs, Layers, Moments, SecondMoments, Site, statistics
 from curvax.operators._cotangents import Kind, Loss, cotangents
 from curvax.operators._gauss_newton import num_examples
 
@@ -23,12 +23,14 @@ class Pass(NamedTuple):
         mixed: Likewise, one direction that is zero only where all are.
         targets: Of all examples.
         directions: Whether `cotangents` has several.
+        number: How many.
     """
 
     cotangents: Callable[[PyTree, PyTree], PyTree]
     mixed: Callable[[PyTree, PyTree], PyTree]
     targets: PyTree
     directions: bool
+    number: int = 1
 
 
 def passes(
@@ -57,7 +59,8 @@ def passes(
         layers.model.outputs,
         one,
     )
-    if jax.tree.leaves(found)[0].shape[0] == 1:
+    number = jax.tree.leaves(found)[0].shape[0]
+    if number == 1:
         return Pass(first, first, given, False)
 
     def mixed(output: PyTree, given: PyTree) -> PyTree:
@@ -70,28 +73,44 @@ def passes(
 
         return jax.tree.map(combination, several(output, given))
 
-    return Pass(several, mixed, given, True)
+    return Pass(several, mixed, given, True, number)
 
 
-class InputMoments(eqx.Module):
-    """Those of the inputs, and their count; what is not returned is not computed."""
+class FactorMoments(eqx.Module):
+    """Second moments as K-FAC takes them: of the inputs their MEAN over what counts, of the cotangents Σ g gᵀ / N.
+
+    Divided where they are computed, one multiplication more in a kernel that is there anyway: what a `scan` stacks is
+    what is returned, and no second array of the size of all factors is needed. The steps of a `scan` that shares its
+    weight have counts of their own, so that of their inputs the SUM is taken.
+
+    Attributes:
+        sharing: `"expand"` or `"reduce"`.
+        part: Which of both to compute; what is not asked for is a zero, and not computed.
+    """
 
     sharing: Literal["expand", "reduce"] = eqx.field(static=True)
+    part: Literal["both", "inputs", "cotangents"] = eqx.field(static=True, default="both")
 
     def __call__(self, site: Site, inputs: AbstractInputs, cotangents: Array, aux: PyTree) -> Moments:
         """Of one member of the stack."""
         found = SecondMoments(self.sharing)(site, inputs, cotangents, aux)
-        return found._replace(cotangents=jnp.zeros((), found.inputs.dtype))
+        nothing = jnp.zeros((), found.count.dtype)
+        read, returned = nothing, nothing
+        if self.part != "cotangents":
+            read = found.inputs
+            if site.steps == 1:
+                read = jnp.where(found.count > 0, read / jnp.maximum(found.count, 1).astype(read.dtype), 0)
+        if self.part != "inputs":
+            returned = found.cotangents / len(cotangents)
+        return Moments(read, returned, found.count)
 
 
-class CotangentMoments(eqx.Module):
-    """Those of the cotangents alone."""
-
-    sharing: Literal["expand", "reduce"] = eqx.field(static=True)
-
-    def __call__(self, site: Site, inputs: AbstractInputs, cotangents: Array, aux: PyTree) -> Array:
-        """Of one member of the stack."""
-        return SecondMoments(self.sharing)(site, inputs, cotangents, aux).cotangents
+def sum_of_inputs(site: Site, moments: Moments) -> Array:
+    """Σ x xᵀ over what counts at a site, from `FactorMoments`."""
+    if site.steps > 1:
+        return moments.inputs
+    count = moments.count.reshape(-1, *(1,) * (moments.inputs.ndim - 1))
+    return moments.inputs * count.astype(moments.inputs.dtype)
 
 
 class Squares(eqx.Module):
@@ -124,6 +143,33 @@ class Squares(eqx.Module):
 
         start = jnp.zeros((g.shape[-1], inputs.shape[-1]), g.dtype)
         return jax.lax.scan(add, start, (inputs, g, counts))[0]
+
+
+def corrected_values(
+    layers: Layers, taken: Pass, params: PyTree, inputs: PyTree, bases: dict[str, Any]
+) -> dict[str, Array]:
+    """S = Σ (UᵀḡV)² / N of every group, in its bases (U, V); uses of a weight by several sites are added.
+
+    Args:
+        layers: Of the model.
+        taken: Its cotangents.
+        params: Where.
+        inputs: All examples.
+        bases: By name of the group, with the axis of the stack.
+    """
+    squares = statistics(
+        layers, params, inputs, taken.cotangents, Squares(), bases,
+        targets=taken.targets, directions=taken.directions,
+    )  # fmt: skip
+    found = {}
+    for group in layers.groups:
+        values = jnp.zeros(group.block.shape, group.block.structures[0].dtype)
+        sites = zip(group.sites, squares[group.name], strict=True)
+        parts = [s.swapaxes(1, 2) if site.transposed else s for site, s in sites]
+        if parts:
+            values = sum(parts[1:], start=parts[0])
+        found[group.name] = values / num_examples(inputs)
+    return found
 
 
 def check_sharing(sharing: Any) -> None:

@@ -5,7 +5,7 @@ from abc import abstractmethod
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 
 class AbstractLoss(eqx.Module):
@@ -133,8 +133,9 @@ class SoftmaxCrossEntropy(AbstractLoss):
             target: Labels, or probabilities.
             key: For the draw.
         """
-        drawn = jax.nn.one_hot(jax.random.categorical(key, output), output.shape[-1], dtype=output.dtype)
-        return jnp.sqrt(self._weight(output, target))[..., None] * (jax.nn.softmax(output) - drawn)
+        p = jax.nn.softmax(output)
+        drawn = jax.nn.one_hot(_category(key, p), output.shape[-1], dtype=output.dtype)
+        return jnp.sqrt(self._weight(output, target))[..., None] * (p - drawn)
 
     def _weight(self, output: Array, target: Array) -> Float[Array, "*s"]:
         """Σ y: what each position counts."""
@@ -221,6 +222,15 @@ class PoissonLoss(AbstractLoss):
         """
         rate = jnp.exp(output)
         return rate - jax.random.poisson(key, rate).astype(rate.dtype)
+
+
+def _category(key: PRNGKeyArray, p: Float[Array, "*s c"]) -> Int[Array, "*s"]:
+    """A class of these probabilities, by one uniform number a position (`jax.random.categorical` draws c of them)."""
+    wide = jnp.float64 if p.dtype == jnp.float64 else jnp.float32
+    below = jnp.cumsum(p, axis=-1, dtype=wide)
+    total = below[..., -1:]
+    level = jax.random.uniform(key, total.shape, total.dtype) * total
+    return jnp.minimum(jnp.sum(below <= level, axis=-1), p.shape[-1] - 1)
 
 
 def _check_same(loss: AbstractLoss, output: Array, target: Array) -> None:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from curvax.capture import AbstractInputs, Moments, SecondMoments, Site, statistics
+from curvax.capture import AbstractInputs, Moments, Site, statistics
 from curvax.operators._gauss_newton import num_examples
 from curvax.operators._kfac import of_group
-from curvax.operators._kfac_statistics import Squares, passes
+from curvax.operators._kfac_statistics import FactorMoments, Squares, passes
 from curvax.optim._blocks import BlockInfo, Context, Matrices, part_of
 from curvax.optim._options import Factors
 
@@ -20,20 +20,16 @@ Counts = dict[str, Int[Array, " stack"]]
 
 
 class OptimiserMoments(eqx.Module):
-    """`SecondMoments`, but the diagonal for whatever is no matrix; for several directions a part of it."""
+    """`FactorMoments`, but the diagonal for whatever is no matrix."""
 
     sharing: Literal["expand", "reduce"] = eqx.field(static=True)
-    part: Literal["inputs", "cotangents", "both"] = eqx.field(static=True, default="both")
+    part: Literal["both", "inputs", "cotangents"] = eqx.field(static=True, default="both")
 
     def __call__(self, site: Site, inputs: AbstractInputs, cotangents: Array, aux: PyTree) -> Moments:
-        """Of one member of the stack; what is not returned is not computed."""
+        """Of one member of the stack; what is not asked for is not computed."""
         if site.geometry is None:
             site = dataclasses.replace(site, cotangent_factor="diagonal")
-        found = SecondMoments(self.sharing)(site, inputs, cotangents, aux)
-        nothing = jnp.zeros((), found.inputs.dtype)
-        if self.part == "inputs":
-            return found._replace(cotangents=nothing)
-        return found._replace(inputs=nothing, count=nothing) if self.part == "cotangents" else found
+        return FactorMoments(self.sharing, self.part)(site, inputs, cotangents, aux)
 
 
 class MomentsAndSquares(eqx.Module):
@@ -87,7 +83,7 @@ def estimates(context: Context, options: Factors, bases: Pairs | None = None) ->
         found = measure(taken.cotangents, MomentsAndSquares(options.sharing), False, bases)
         sums = {name: [moments for moments, _ in parts] for name, parts in found.items()}
         squares = {name: [square for _, square in parts] for name, parts in found.items()}
-    pairs = {group.name: of_group(group, sums[group.name], size) for group in layers.groups}
+    pairs = {group.name: of_group(group, sums[group.name]) for group in layers.groups}
     corrected: Matrices = {}
     for group in layers.groups:
         if bases is not None and group.name in bases:

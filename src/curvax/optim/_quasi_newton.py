@@ -111,7 +111,7 @@ class QuasiNewtonCurvature(AbstractCurvature):
         moments, flow = self._measured(context, moments=True)
         pairs: Pairs = {}
         for group, info in zip(context.layers.groups, context.infos, strict=True):
-            left, right = of_group(group, moments[group.name], num_examples(context.inputs))
+            left, right = of_group(group, moments[group.name])
             if info.matrix:
                 left, right = _diagonal(left), right if info.single else _diagonal(right)
             pairs[group.name] = (left, right)
