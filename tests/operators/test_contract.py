@@ -135,6 +135,13 @@ def test_every_public_operator_and_maker_has_a_case():
         "randomised_svd",
         "kfac",
         "ekfac",
+        "eigenvalue_correction",
+        "layer_blocks",
+        "nearest_kronecker_layers",
+        "truncated",
+        "conditioned",
+        "sampled_fisher",
+        "sandwich",
     }
     assert functions - others - {"approximation_error", "lowest_curvature"} == set(MAKERS)
     assert all(getattr(ops, name).__doc__ for name in functions)
