@@ -122,7 +122,7 @@ def choose(
             )
         )
     adjoint = mode if mode in ("mixed", "reverse") else "reverse" if custom else "mixed"
-    forward = with_forward and mode in ("auto", "forward")
+    forward = with_forward and (mode == "forward" or (mode == "auto" and not custom))
     num_phi, contracted = directions or tree_size(step.phi), contracted_part(step, walk)
     if isinstance(checkpoint, MemoryBudget):
         options = []
@@ -149,7 +149,13 @@ def choose(
         lengths = None if tape else named(checkpoint, num_steps)
         options = adjoint_methods(adjoint, num_steps, contracted, stops=stops, rounded_to=rounded_to)
         other = next(m for m in options if m.lengths == lengths)
-        if not asked and outer is not None and other.mode == "mixed" and lengths == (num_steps,):
+        if (
+            not asked
+            and not contracted
+            and outer is not None
+            and other.mode == "mixed"
+            and lengths == (num_steps,)
+        ):
             # The tape of a loss without contractions is hardly more than the states and gradients.
             tapes = adjoint_methods("reverse", num_steps, contracted, stops=stops, rounded_to=rounded_to)
             taped = [m for m in tapes if m.lengths is None and walk.scaling is None]
