@@ -91,6 +91,43 @@ def test_float32_scales(rng):
     assert max(steps) <= 1.1 * min(steps)
 
 
+def _textbook_products(matrix, vector, error):
+    """Of conjugate gradients as Hestenes and Stiefel wrote them, until the true error is as small as `error`."""
+    truth = np.linalg.solve(matrix, vector)
+    x, r, p, count = np.zeros_like(vector), vector, vector, 0
+    while np.linalg.norm(x - truth) > error * np.linalg.norm(truth):
+        product = matrix @ p
+        alpha = (r @ r) / (p @ product)
+        x, after = x + alpha * p, r - alpha * product
+        p, r, count = after + (after @ after) / (r @ r) * p, after, count + 1
+    return count
+
+
+@pytest.mark.parametrize("condition", [1e4, 1e6])
+def test_no_more_products_than_the_textbook_needs(rng, condition):
+    """In runs so long that orthogonality is lost again and again, to the same true error."""
+    matrix = rotated(np.geomspace(1 / condition, 1, 150), rng)
+    vector = rng.standard_normal(150)
+    truth = np.linalg.solve(matrix, vector)
+    for rtol in (1e-4, 1e-8):
+        x, count = _plain(matrix, vector, rtol)
+        error = np.linalg.norm(x - truth) / np.linalg.norm(truth)
+        assert error <= rtol
+        assert int(count) <= 1.05 * _textbook_products(matrix, vector, error) + 5
+
+
+def test_as_far_as_the_precision_goes(rng):
+    """More is wanted than rounding allows: said, at an error of a few eps · κ, in no more products than it takes."""
+    matrix = rotated(np.geomspace(1e-6, 1, 150), rng)
+    vector = rng.standard_normal(150)
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix), lx.positive_semidefinite_tag)
+    solution = lx.linear_solve(operator, jnp.asarray(vector), cx.linear.CG(rtol=1e-13), throw=False)
+    truth = np.linalg.solve(matrix, vector)
+    assert solution.stats["precision_limited"]
+    assert np.linalg.norm(solution.value - truth) <= 2e-9 * np.linalg.norm(truth)
+    assert int(solution.stats["num_steps"]) <= 1.2 * _textbook_products(matrix, vector, 1e-9)
+
+
 def test_norms_by_recurrence(rng):
     """‖x‖ and ‖r‖ of a run are not measured but follow from its coefficients, long after orthogonality is lost."""
     matrix = rotated(np.geomspace(1e-6, 1, 60), rng)

@@ -25,8 +25,8 @@ class CG(lx.AbstractLinearSolver[_State]):
     That is not what other solvers call `rtol`: a relative residual of 1e-6 can go with a solution
     that is 5 % wrong. Down to `rtol` of about 1e-2 the smallest Ritz value may not have settled when the loop
     stops, and the error of a badly conditioned system can be several times `rtol`; below, misses are rare and
-    small. A preconditioner does not change what `rtol` means. The residual is replaced by b − Ax whenever its
-    drift begins to matter.
+    small. A preconditioner does not change what `rtol` means. Where its drift could feign the end,
+    the residual is replaced by b − Ax.
 
     Under `vmap` over right-hand sides of one operator, up to 32 of them are solved together by block conjugate
     gradients (A. A. Dubrulle, 2001): each product serves all of them, so that fewer are needed (at best as many times
@@ -63,8 +63,8 @@ class CG(lx.AbstractLinearSolver[_State]):
         ```
 
     Source: M. R. Hestenes, E. Stiefel, "Methods of conjugate gradients for solving linear systems", 1952;
-        the Ritz values after G. Meurant, P. Tichý, 2018; residual replacement after H. van der Vorst,
-        Q. Ye, 2000.
+        the Ritz values after G. Meurant, P. Tichý, 2018; the drift of the residual after
+        H. van der Vorst, Q. Ye, 2000.
     """
 
     rtol: Array | float
