@@ -151,15 +151,31 @@ def _in_a_loop(fn: Callable[[_S], _T], args: _S) -> _T:
     """`fn(args)` in a loop of one turn, which XLA cannot see."""
     closed, like = jax.make_jaxpr(fn, return_shape=True)(args)
     run = jax.extend.core.jaxpr_as_fun(closed)
-    # Overwritten. XLA makes a kernel for zeros, as for any other pattern that it knows.
-    nothing = [
-        (np.arange(leaf.size) ** 2 % 97 + 3).astype(leaf.dtype).reshape(leaf.shape)
-        for leaf in jax.tree.leaves(like)
+    given, results = jax.tree.leaves(args), jax.tree.leaves(like)
+    # Results are written over arguments of their kind, which saves copies. What is left over starts at something that
+    # is no pattern: XLA makes a kernel for zeros.
+    free = list(range(len(given)))
+    places: list[int | None] = []
+    for result in results:
+        place = next((i for i in free if _kind(given[i]) == _kind(result)), None)
+        places.append(place)
+        if place is not None:
+            free.remove(place)
+    start: list[Any] = [
+        (np.arange(result.size) ** 2 % 97 + 3).astype(result.dtype).reshape(result.shape)
+        if place is None
+        else given[place]
+        for place, result in zip(places, results, strict=True)
     ]
     once = jax.lax.optimization_barrier(jnp.asarray(True))
-    leaves = jax.lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.zeros_like(carry[0]), run(*jax.tree.leaves(args))),
-        (once, nothing),
-    )[1]
+
+    def body(carry: tuple[Array, list[Any]]) -> tuple[Array, list[Any]]:
+        now = dict(zip(places, carry[1], strict=True))
+        return jnp.zeros_like(carry[0]), run(*(now.get(i, leaf) for i, leaf in enumerate(given)))
+
+    leaves = jax.lax.while_loop(lambda carry: carry[0], body, (once, start))[1]
     return cast(_T, jax.tree.unflatten(jax.tree.structure(like), leaves))
+
+
+def _kind(array: Any) -> tuple[Any, ...]:
+    return array.shape, array.dtype

@@ -189,7 +189,7 @@ def test_fewer_steps_and_the_same_solution(name, rng, key):
 
 
 def test_a_curvature_of_gauss_and_newton(rng, key):
-    """κ = 1e7, over the pytree of parameters of a network: a fifth of the products, a third with those of the sketch."""
+    """κ = 1e7, over the pytree of parameters of a network: a fifth of the products, a third with the sketch's."""
     inputs = jnp.asarray(rng.uniform(-1, 1, (40, 2)))
     targets = jnp.sin(3 * inputs[:, 0])
     params = {"a": jnp.asarray(rng.standard_normal((2, 15))), "b": jnp.asarray(rng.standard_normal(15))}

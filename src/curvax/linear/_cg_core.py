@@ -235,12 +235,12 @@ def conjugate_gradient(
                 fresh = keep(fresh, advance & keeps, c.p, product, squares)
         found = Squares(curvature, residual, total, direction, stretch, solution)
         gamma = None if measured is None else measured[0]
-        spectrum, beta, square, bend = _AFTER_PRODUCT(c.spectrum, c.open, alpha, found, gamma)
+        spectrum, square, *before = _AFTER_PRODUCT(c.spectrum, c.open, alpha, found, gamma)
         gamma = square if gamma is None else gamma
+        p = tree_axpy(spectrum.pick(lambda s: s.beta), c.p, z)
         packed, *verdict = _AFTER_STEP(
-            test, c.packed, c.spectrum, spectrum, c.open, alpha, bend, square, found, measured
+            test, c.packed, spectrum, c.open, alpha, *before, square, found, measured
         )
-        p = tree_axpy(beta, c.p, z)
         return _Loop(x, r, None if plain else z, p, fresh, spectrum, packed, Open(gamma, *verdict))
 
     def until_replacement(c: _Loop) -> _Loop:

@@ -156,7 +156,7 @@ def before_first(
 def after_product(
     packed: Packed[Spectrum], now: Open, alpha: Scalar, squares: Squares, measured: Scalar | None
 ) -> tuple[Packed[Spectrum], Scalar, Scalar, Scalar]:
-    """The spectrum as the next turn will know it, unchanged where there was no step; its β; ‖r‖²; pᵀAp of this turn.
+    """The spectrum as the next turn will know it, unchanged where there was no step; ‖r‖²; pᵀAp and pᵀp of this turn.
 
     Args:
         packed: That of this turn.
@@ -170,17 +170,17 @@ def after_product(
     s, beta = packed.tree, gamma / now.gamma
     after = Spectrum(_update_ritz(s.ritz, alpha, s.beta), beta, gamma + beta * beta * s.direction)
     advanced = jax.tree.map(lambda new, old: jnp.where(alpha > 0, new, old), pack(after), packed)
-    return advanced, advanced.pick(lambda s: s.beta), square, added(squares.curvature)
+    return advanced, square, added(squares.curvature), s.direction
 
 
 def after_step(
     test: StoppingTest,
     packed: Packed[Scalars],
-    before: Packed[Spectrum],
     spectrum: Packed[Spectrum],
     now: Open,
     alpha: Scalar,
     curvature: Scalar,
+    direction: Scalar,
     residual_square: Scalar,
     squares: Squares,
     preconditioned: tuple[Scalar, Scalar | None] | None,
@@ -193,11 +193,11 @@ def after_step(
     Args:
         test: When to stop.
         packed: Those of this turn.
-        before: The spectrum of this turn.
         spectrum: That of the next turn.
         now: Of this turn.
         alpha: The step that was taken, 0 if there was none.
         curvature: pᵀAp.
+        direction: pᵀMp.
         residual_square: ‖r‖², after the step.
         squares: Other inner products, after the step.
         preconditioned: rᵀM⁻¹r and zᵀMz/zᵀz, None where there is nothing but the identity; the second is None where
@@ -208,7 +208,7 @@ def after_step(
     finite = curvature
     broken = ~(replace | (curvature > 0))
     if squares.direction is None or squares.product is None:
-        p_dot_p, norm = before.pick(lambda b: b.direction), ritz.high
+        p_dot_p, norm = direction, ritz.high
     else:
         p_dot_p, stretch = added(squares.direction), added(squares.product)
         finite += stretch
