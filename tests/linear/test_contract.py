@@ -305,6 +305,10 @@ def test_wrong_use_fails_while_tracing(name):
         other = lx.MatrixLinearOperator(jnp.eye(3), lx.positive_semidefinite_tag)
         with pytest.raises(ValueError, match="preconditioner.*3 × 3 for an operator of 2 × 2"):
             lx.linear_solve(square, jnp.ones(2), cls(rtol=1e-6, **options), options={"preconditioner": other})
+        with pytest.raises(ValueError, match="no option 'precondition'"):
+            lx.linear_solve(square, jnp.ones(2), cls(rtol=1e-6, **options), options={"precondition": square})
+        with pytest.raises(ValueError, match="y0.*shapes of the right-hand side"):
+            lx.linear_solve(square, jnp.ones(2), cls(rtol=1e-6, **options), options={"y0": jnp.ones(3)})
     if cls in (linear.CG, linear.MINRES):
         untagged = lx.MatrixLinearOperator(jnp.eye(2))
         with pytest.raises(ValueError, match="tag"):

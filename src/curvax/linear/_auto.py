@@ -31,6 +31,7 @@ from curvax.linear._auto_stages import Attempt, Marks, Method, Reason, begin, si
 from curvax.linear._cg_core import default_max_steps
 from curvax.linear._jacobi import diagonal_is_known
 from curvax.linear._system import (
+    check_options,
     check_square,
     check_tolerances,
     conjugated_options,
@@ -194,6 +195,7 @@ class Auto(lx.AbstractLinearSolver[_State]):
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
         """Run the stages until one has answered."""
+        check_options("Auto", options)
         target = tolerance(self.rtol, self.atol, vector)
         if tree_size(vector) == 0:
             return tree_zeros_like(vector), lx.RESULTS.successful, stats_of(begin(vector, vector))

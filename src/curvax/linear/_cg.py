@@ -11,7 +11,8 @@ from curvax._pytree import stop_gradient, tree_neg, tree_size, tree_sub, tree_ze
 from curvax.linear._cg_core import default_max_steps, negated
 from curvax.linear._cg_scalars import CONVERGED, INDEFINITE, NONFINITE, PRECISION_LIMITED, SINGULAR
 from curvax.linear._many import solve_sharing_products
-from curvax.linear._system import preconditioner_of, traced_once
+from curvax.linear._system import check_options, preconditioner_of, traced_once
+from curvax.linear._system import start as start_of
 from curvax.operators._damped import check_real
 
 _State: TypeAlias = tuple[lx.AbstractLinearOperator, bool]
@@ -97,10 +98,11 @@ class CG(lx.AbstractLinearSolver[_State]):
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
         """Run the loop."""
+        check_options("CG", options)
         operator, negative = state
         matvec = negated(operator.mv) if negative else operator.mv
         rhs = tree_neg(vector) if negative else vector
-        start = stop_gradient(options.get("y0"))
+        start = stop_gradient(start_of(vector, options))
         apply = preconditioner_of("CG", operator, options)
         preconditioner = options.get("preconditioner")
         if preconditioner is not None and not (

@@ -11,6 +11,7 @@ from curvax.linear._cg_core import default_max_steps
 from curvax.linear._gmres_core import gmres
 from curvax.linear._system import (
     MatVec,
+    check_options,
     check_square,
     check_tolerances,
     conjugated_options,
@@ -88,6 +89,7 @@ class FGMRES(lx.AbstractLinearSolver[_State]):
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
         """Run the cycles."""
+        check_options("FGMRES", options, "transposed_preconditioner")
         if tree_size(vector) == 0:
             none = {"num_steps": jnp.asarray(0), "residual_norm": tree_norm(vector)}
             return tree_zeros_like(vector), lx.RESULTS.successful, none

@@ -9,6 +9,7 @@ from curvax._pytree import tree_size
 from curvax.linear._cg_core import default_max_steps
 from curvax.linear._minres_core import MINRESInfo, minres
 from curvax.linear._system import (
+    check_options,
     check_square,
     check_tolerances,
     conjugated_options,
@@ -96,6 +97,7 @@ class MINRES(lx.AbstractLinearSolver[_State]):
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
         """Run the loop."""
+        check_options("MINRES", options)
         preconditioner = options.get("preconditioner")
         if preconditioner is not None and not is_symmetric(preconditioner):
             raise ValueError(

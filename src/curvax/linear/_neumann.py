@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from curvax._pytree import tree_axpy, tree_dtype, tree_norm, tree_sub, tree_where
 from curvax.linear._neumann_step import series_step
 from curvax.linear._system import (
+    check_options,
     check_square,
     check_tolerances,
     conjugated_options,
@@ -119,6 +120,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
         self, state: _State, vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
         """Sum the series."""
+        check_options("Neumann", options)
         operator, step = state
         precondition = preconditioner_of("Neumann", operator, options)
         dtype = tree_dtype(vector)

@@ -114,6 +114,15 @@ def check_tolerances(name: str, rtol: Any, atol: Any, max_steps: int | None) -> 
         raise ValueError(f"`max_steps` of `{name}` must be an integer of at least 1, got {max_steps}.")
 
 
+def check_options(name: str, options: dict[str, Any], *others: str) -> None:
+    """Raise `ValueError` for an option that no one would read."""
+    known = ("preconditioner", "y0", *others)
+    for key in options:
+        if key not in known:
+            listed = ", ".join(f"'{k}'" for k in known)
+            raise ValueError(f"`{name}` has no option '{key}'; its options are {listed}.")
+
+
 def tolerance(rtol: Scalar | float, atol: Scalar | float, vector: PyTree[Array]) -> Scalar:
     """atol + rtol · ‖b‖, the residual norm at which a solve is done; NaN, which none meets, if ‖b‖ is infinite."""
     dtype = tree_dtype(vector)
@@ -131,6 +140,11 @@ def start(vector: PyTree[Array], options: dict[str, Any]) -> PyTree[Array] | Non
         raise ValueError(
             "`options['y0']` must have the structure of the right-hand side, found "
             f"{jax.tree.structure(y0)} for {jax.tree.structure(vector)}."
+        )
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (y0, vector)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"`options['y0']` must have the shapes of the right-hand side, found {shapes[0]} for {shapes[1]}."
         )
     y0 = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), y0, vector)
     return tree_where(tree_norm(vector) > 0, y0, tree_zeros_like(vector))
