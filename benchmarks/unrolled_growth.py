@@ -21,7 +21,7 @@ import curvax as cx
 BASE = {"T": 32, "m": 16, "d": 65536}
 DOUBLINGS = 3
 REPEATS = 3
-TRUNCATED = 8
+TRUNCATED = 4  # few beside T, so that the exponent is that of many steps
 
 # For each rule the exponents of time in T, m and d, and those of memory.
 RULES: dict[str, tuple[Any, tuple[float, float, float], tuple[float, float, float]]] = {
