@@ -72,6 +72,18 @@ def test_draws_are_gradients_at_targets(key):
     np.testing.assert_allclose(count, np.round(count), atol=1e-12)
 
 
+def test_draws_of_many_classes(key):
+    """In two stages, of classes that fill no whole number of blocks: frequencies, and none of probability zero."""
+    loss, classes, number = ops.SoftmaxCrossEntropy(), 75, 20_000
+    logits = _output((classes,), key).at[::4].set(-jnp.inf)
+    p = np.asarray(jax.nn.softmax(logits))
+    keys = jax.random.split(jax.random.fold_in(key, 1), number)
+    draws = quick(jax.vmap(lambda key: loss.sample(logits, jnp.array(1), key)))(keys)
+    drawn = np.round(p - np.asarray(draws))
+    assert np.all(drawn.sum(1) == 1) and np.all(drawn[:, p == 0] == 0)
+    assert np.all(np.abs(drawn.mean(0) - p) <= 5 * np.sqrt(p / number))
+
+
 def test_extreme_logits():
     """Far out nothing is NaN, and a small Hessian is not rounded to zero."""
     loss, logits = ops.BinaryCrossEntropy(), jnp.array([80.0, -80.0])

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvax.capture._second_moment import at_least_float32, second_moment
 
+EXACT = jax.lax.Precision.HIGHEST
+
 
 class AbstractInputs(eqx.Module):
     """Inputs x of a site for B examples at T shared positions each: an array (B, T, in) that need not be written out.
@@ -48,7 +50,7 @@ class AbstractInputs(eqx.Module):
 
     def outer(self, cotangents: Float[Array, "B T out"]) -> Float[Array, "B out in"]:
         """Σ_T g xᵀ: the gradient of each example."""
-        return jnp.einsum("bto,bti->boi", cotangents, self.array(), precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum("bto,bti->boi", cotangents, self.array(), precision=EXACT)
 
 
 def accumulation_dtype(array: Array) -> jnp.dtype:
@@ -93,13 +95,19 @@ class DenseInputs(AbstractInputs):
     def second_moment(self, mask: Bool[Array, "B T"]) -> Array:
         """Σ x xᵀ."""
         dtype = accumulation_dtype(self.values)
-        rows = jnp.where(mask[..., None], self.values, 0).reshape(-1, self.values.shape[-1])
+        # Rows first, then zeros: what has one use in this shape is written once.
+        counts, rows = mask.reshape(-1), self.values.reshape(-1, self.values.shape[-1])
+        rows = jnp.where(counts[:, None], rows, 0)
         count = jnp.sum(mask, dtype=dtype)
         if self.diagonal:
             squares = jnp.sum(jnp.square(rows.astype(dtype)), axis=0)
             return jnp.append(squares, count) if self.bias else squares
         moment = second_moment(rows)
-        return bordered(moment, jnp.sum(rows, axis=0, dtype=dtype), count) if self.bias else moment
+        if not self.bias:
+            return moment
+        # As a product, which reads the rows as they are: for a sum the compiler would write them out once more.
+        total = jnp.matmul(counts.astype(rows.dtype), rows, precision=EXACT, preferred_element_type=dtype)
+        return bordered(moment, total, count)
 
     def mean(self, mask: Bool[Array, "B T"]) -> Float[Array, "B in"]:
         """Over positions that count."""
@@ -111,9 +119,7 @@ class DenseInputs(AbstractInputs):
     def project(self, basis: Float[Array, "in k"]) -> Float[Array, "B T k"]:
         """x V."""
         size = self.values.shape[-1]
-        out = jnp.matmul(
-            self.values, basis[:size].astype(self.values.dtype), precision=jax.lax.Precision.HIGHEST
-        )
+        out = jnp.matmul(self.values, basis[:size].astype(self.values.dtype), precision=EXACT)
         return out + basis[size].astype(out.dtype) if self.bias else out
 
 

@@ -19,6 +19,7 @@ from curvax.linear._cg_scalars import (
     PRECISION_LIMITED,
     RUNNING,
     SINGULAR,
+    judging_scale,
 )
 
 Vectors = Float[Array, "m n"]
@@ -225,7 +226,8 @@ def block_conjugate_gradient(
         inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(lengths), True), judged.T)
         least = jnp.sqrt(jnp.maximum(jnp.sum(judged.T * inverse, axis=0), 0))
         wanted = jnp.where(c.num_steps < 2, 0.1, 1.0) * rtol
-        met = jnp.sqrt(metric) * least + drift <= smallest * wanted * total_norms
+        scale = smallest if preconditioner is None else judging_scale(smallest, rayleigh)
+        met = jnp.sqrt(metric) * least + drift <= scale * wanted * total_norms
         met = met | (residuals + drift == 0)
         limited = residuals * jnp.sqrt(metric) + drift <= 10 * eps * (norm * x_norms + rhs_norms)
         done = jnp.all(met | limited)

@@ -121,11 +121,12 @@ def conjugate_gradient(
     residual at 5 % forward error ran from 5e-2 down to 7e-7.
 
     Under a preconditioner M⁻¹ the bound is ‖e‖² ≤ (‖r‖ / ‖p‖)² rᵀM⁻¹r / (μ λmin), the norms those of M⁻¹ and M, and μ
-    the smallest eigenvalue of M⁻¹A. The test is (‖r‖ / ‖p‖) √(ν rᵀM⁻¹r) ≤ rtol · s · ‖x‖ with s ≤ λmin and s ≤ μν,
-    which is enough whatever ν is: s is the smallest of the Rayleigh quotients of A that were seen, of what
-    earlier runs have found, and of ν times the smallest Ritz value. ν is the smallest zᵀMz/zᵀz of the
-    preconditioned residuals, an estimate of λmin(M), and 1/scale for recycled directions. With M = I this is the
-    test above, so that the error is that of x in the 2-norm in every case.
+    the smallest eigenvalue of M⁻¹A. The test is (‖r‖ / ‖p‖) √(ν rᵀM⁻¹r) ≤ rtol · √(s λ) · ‖x‖ with s ≤ μν and λ ≤ λmin,
+    which is enough whatever ν is. s is the smallest of the Rayleigh quotients of A that were seen, of what
+    earlier runs have found, and of ν times the smallest Ritz value; λ is a tenth of the smallest Rayleigh quotient, or
+    s where that is more (`judging_scale`). ν is the smallest zᵀMz/zᵀz of the preconditioned residuals, an
+    estimate of λmin(M), and 1/scale for recycled directions. With M = I this is the test above, but for the tenth, so
+    that the error is that of x in the 2-norm in every case.
 
     The system is solved in units in which the right-hand side is near one, a power of two, so that no square vanishes.
 

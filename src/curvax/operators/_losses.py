@@ -224,13 +224,33 @@ class PoissonLoss(AbstractLoss):
         return rate - jax.random.poisson(key, rate).astype(rate.dtype)
 
 
+# Classes are drawn in two stages beyond so many, first a block of so many: sums run on over few numbers.
+BLOCK = 32
+
+
 def _category(key: PRNGKeyArray, p: Float[Array, "*s c"]) -> Int[Array, "*s"]:
     """A class of these probabilities, by one uniform number a position (`jax.random.categorical` draws c of them)."""
-    wide = jnp.float64 if p.dtype == jnp.float64 else jnp.float32
-    below = jnp.cumsum(p, axis=-1, dtype=wide)
-    total = below[..., -1:]
-    level = jax.random.uniform(key, total.shape, total.dtype) * total
-    return jnp.minimum(jnp.sum(below <= level, axis=-1), p.shape[-1] - 1)
+    classes, wide = p.shape[-1], jnp.float64 if p.dtype == jnp.float64 else jnp.float32
+    p = p.astype(wide)
+    if classes <= 2 * BLOCK:
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        return _first_above(p, jax.random.uniform(key, total.shape, wide) * total)[0]
+    padded = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -classes % BLOCK)])
+    blocks = padded.reshape(*p.shape[:-1], -1, BLOCK)
+    sums = jnp.sum(blocks, axis=-1)
+    total = jnp.sum(sums, axis=-1, keepdims=True)
+    block, rest = _first_above(sums, jax.random.uniform(key, total.shape, wide) * total)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return jnp.minimum(block * BLOCK + _first_above(inside, rest)[0], classes - 1)
+
+
+def _first_above(
+    parts: Float[Array, "*s k"], level: Float[Array, "*s 1"]
+) -> tuple[Int[Array, "*s"], Float[Array, "*s 1"]]:
+    """Up to which part the sum first exceeds the level, and by how much the level exceeds those before it."""
+    below = jnp.cumsum(parts, axis=-1)
+    index = jnp.minimum(jnp.sum(below <= level, axis=-1, keepdims=True), parts.shape[-1] - 1)
+    return index[..., 0], level - jnp.take_along_axis(below - parts, index, axis=-1)
 
 
 def _check_same(loss: AbstractLoss, output: Array, target: Array) -> None:
