@@ -36,11 +36,13 @@ from curvax.linear._cg_scalars import (
     Scalars,
     Spectrum,
     Squares,
+    Stand,
     StoppingTest,
     added,
     after_product,
     after_step,
     before_first,
+    judged,
 )
 from curvax.linear._recycle import Fresh, Recycled, deflated, keep, merged, no_fresh
 
@@ -90,6 +92,7 @@ class _Loop(NamedTuple):
     fresh: Fresh | None
     spectrum: Packed[Spectrum]
     packed: Packed[Scalars]
+    stand: Packed[Stand]
     open: Open
 
 
@@ -195,7 +198,7 @@ def conjugate_gradient(
         rayleigh=math.inf if recycled is None else recycled.lowest,
         metric=math.inf if preconditioner is not None else 1.0 if recycled is None else 1 / recycled.scale,
     )
-    spectrum, packed, scalars = _BEFORE_FIRST(max_steps, rhs_square, first, known)
+    spectrum, packed, stand, scalars = _BEFORE_FIRST(max_steps, rhs_square, first, known)
     start = _Loop(
         x=tree_zeros_like(rhs),
         r=rhs,
@@ -204,6 +207,7 @@ def conjugate_gradient(
         fresh=None if recycled is None else no_fresh(rhs, recycled),
         spectrum=spectrum,
         packed=packed,
+        stand=stand,
         open=scalars,
     )
 
@@ -237,12 +241,11 @@ def conjugate_gradient(
         found = Squares(curvature, residual, total, direction, stretch, solution)
         gamma = None if measured is None else measured[0]
         spectrum, square, *before = _AFTER_PRODUCT(c.spectrum, c.open, alpha, found, gamma)
-        gamma = square if gamma is None else gamma
+        gamma, least = (square, None) if measured is None else measured
         p = tree_axpy(spectrum.pick(lambda s: s.beta), c.p, z)
-        packed, *verdict = _AFTER_STEP(
-            test, c.packed, spectrum, c.open, alpha, *before, square, found, measured
-        )
-        return _Loop(x, r, None if plain else z, p, fresh, spectrum, packed, Open(gamma, *verdict))
+        packed = _AFTER_STEP(c.packed, spectrum, c.open, alpha, *before, square, found, least)
+        stand, *verdict = _JUDGED(test, c.stand, packed, spectrum, c.open, *before, gamma, found)
+        return _Loop(x, r, None if plain else z, p, fresh, spectrum, packed, stand, Open(gamma, *verdict))
 
     def until_replacement(c: _Loop) -> _Loop:
         """Ordinary steps until the residual is to be replaced; or that one step, after which p goes on as it was.
@@ -262,7 +265,7 @@ def conjugate_gradient(
         return after._replace(p=tree_where(replace, tree_add(c.p, tree_sub(new, old)), after.p))
 
     last = jax.lax.while_loop(lambda c: c.open.going, until_replacement, start)
-    learnt = _LEARNT(last.spectrum, last.packed, unit, first, last.open.gamma)
+    learnt = _LEARNT(last.spectrum, last.packed, last.stand, unit, first, last.open.gamma)
     kept = None
     if recycled is not None and last.fresh is not None:
         # The Ritz values are those of A itself only where nothing was deflated.
@@ -291,12 +294,17 @@ class _Learnt(NamedTuple):
 
 
 def _learnt(
-    spectrum: Packed[Spectrum], packed: Packed[Scalars], unit: Scalar, first: Scalar | None, last: Scalar
+    spectrum: Packed[Spectrum],
+    packed: Packed[Scalars],
+    stand: Packed[Stand],
+    unit: Scalar,
+    first: Scalar | None,
+    last: Scalar,
 ) -> _Learnt:
     """At the end of a run; `first` and `last` are rᵀM⁻¹r, the first of them None without a preconditioner."""
-    seen, s = spectrum.tree, packed.tree
+    seen, s, last_stand = spectrum.tree, packed.tree, stand.tree
     return _Learnt(
-        num_matvecs=s.num_matvecs,
+        num_matvecs=last_stand.num_matvecs,
         residual_norm=jnp.sqrt(s.residual_square) / unit,
         solution_norm=jnp.sqrt(s.x_square) / unit,
         curvature_min=1 / seen.ritz.low,
@@ -304,7 +312,7 @@ def _learnt(
         norm=seen.ritz.high if s.norm is None else s.norm,
         lowest=jnp.minimum(s.rayleigh, s.metric / seen.ritz.low),
         rayleigh=s.rayleigh,
-        status=s.status,
+        status=last_stand.status,
         decades=jnp.zeros_like(last) if first is None else 0.5 * jnp.log10(first / last),
     )
 
@@ -312,6 +320,7 @@ def _learnt(
 _BEFORE_FIRST = one_kernel(before_first)
 _AFTER_PRODUCT = one_kernel(after_product)
 _AFTER_STEP = one_kernel(after_step)
+_JUDGED = one_kernel(judged)
 _LEARNT = one_kernel(_learnt)
 
 

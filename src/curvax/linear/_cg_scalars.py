@@ -62,6 +62,11 @@ class Scalars(NamedTuple):
     x_square: Scalar
     x_dot_p: Scalar | None
     residual_square: Scalar
+
+
+class Stand(NamedTuple):
+    """How far the run is, and how it stands."""
+
     num_matvecs: Int[Array, ""]
     status: Int[Array, ""]
 
@@ -138,7 +143,7 @@ def judging_scale(smallest: Scalar, rayleigh: Scalar, known: Scalar | None = Non
 
 def before_first(
     max_steps: Int[Array, ""] | int, rhs_square: Terms, gamma: Scalar | None, known: Known
-) -> tuple[Packed[Spectrum], Packed[Scalars], Open]:
+) -> tuple[Packed[Spectrum], Packed[Scalars], Packed[Stand], Open]:
     """The scalars of the first turn, from bᵀb and bᵀM⁻¹b (None where that is the same)."""
     square = added(rhs_square)
     plain, zero, rhs_norm = gamma is None, jnp.zeros_like(square), jnp.sqrt(square)
@@ -162,11 +167,10 @@ def before_first(
         x_square=zero,
         x_dot_p=zero if plain else None,
         residual_square=square,
-        num_matvecs=jnp.zeros((), jnp.int32),
-        status=status,
     )
+    stand = Stand(jnp.zeros((), jnp.int32), status)
     going = (status == RUNNING) & (max_steps > 0)
-    return pack(spectrum), pack(scalars), Open(gamma, jnp.asarray(False), going, going)
+    return pack(spectrum), pack(scalars), pack(stand), Open(gamma, jnp.asarray(False), going, going)
 
 
 def after_product(
@@ -190,7 +194,6 @@ def after_product(
 
 
 def after_step(
-    test: StoppingTest,
     packed: Packed[Scalars],
     spectrum: Packed[Spectrum],
     now: Open,
@@ -199,15 +202,14 @@ def after_step(
     direction: Scalar,
     residual_square: Scalar,
     squares: Squares,
-    preconditioned: tuple[Scalar, Scalar | None] | None,
-) -> tuple[Packed[Scalars], Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
-    """The scalars of the next turn, and what is in `Open` of it besides γ.
+    least: Scalar | None,
+) -> Packed[Scalars]:
+    """The scalars of the next turn.
 
     Without a preconditioner the residuals are orthogonal to x and to each other, so that ‖p‖², ‖x‖² and xᵀp follow
     from the coefficients, in sums of terms that are not negative (T. Steihaug, 1983); xᵀAx = xᵀb = Σ αγ always does.
 
     Args:
-        test: When to stop.
         packed: Those of this turn.
         spectrum: That of the next turn.
         now: Of this turn.
@@ -216,20 +218,16 @@ def after_step(
         direction: pᵀMp.
         residual_square: ‖r‖², after the step.
         squares: Other inner products, after the step.
-        preconditioned: rᵀM⁻¹r and zᵀMz/zᵀz, None where there is nothing but the identity; the second is None where
-            directions are recycled and nothing else.
+        least: zᵀMz/zᵀz, None where nothing but the identity and directions are the preconditioner.
     """
     s, seen, replace, advance = packed.tree, spectrum.tree, now.replace, alpha > 0
-    dtype, ritz = alpha.dtype, spectrum.tree.ritz
-    finite = curvature
-    broken = ~(replace | (curvature > 0))
-    if squares.direction is None or squares.product is None:
-        p_dot_p, norm = direction, ritz.high
-    else:
-        p_dot_p, stretch = added(squares.direction), added(squares.product)
-        finite += stretch
-        assert s.norm is not None
-        norm = jnp.where(replace, s.norm, jnp.maximum(s.norm, jnp.sqrt(stretch / p_dot_p)))
+    ritz, norm, p_dot_p = seen.ritz, s.norm, direction
+    if norm is not None:
+        assert squares.direction is not None
+        assert squares.product is not None
+        p_dot_p = added(squares.direction)
+        stretch = jnp.sqrt(added(squares.product) / p_dot_p)
+        norm = jnp.where(replace, norm, jnp.maximum(norm, stretch))
     energy, x_dot_p = s.energy + alpha * now.gamma, s.x_dot_p
     if x_dot_p is None:
         assert squares.solution is not None
@@ -238,41 +236,72 @@ def after_step(
         moved = alpha * p_dot_p
         x_square = s.x_square + alpha * (2 * x_dot_p + moved)
         x_dot_p = jnp.where(advance, seen.beta * (x_dot_p + moved), x_dot_p)
-    eps = float(jnp.finfo(dtype).eps)
-    residual_norm = jnp.sqrt(residual_square)
-    gamma, metric = residual_square, s.metric
-    if preconditioned is not None:
-        gamma, least = preconditioned
-        metric = metric if least is None else jnp.minimum(metric, least)
-    x_norm = jnp.sqrt(x_square)
-    total_norm = x_norm if squares.total is None else jnp.sqrt(added(squares.total))
-    quotient, lowest = curvature / p_dot_p, 1 / ritz.low
-    own_rayleigh = jnp.where(x_square > 0, energy / x_square, jnp.inf)
-    witness = jnp.minimum(quotient, own_rayleigh)
-    rayleigh = s.rayleigh
-    if preconditioned is not None:
-        rayleigh = jnp.where(replace, rayleigh, jnp.minimum(rayleigh, witness))
+    quotient, rayleigh = curvature / p_dot_p, s.rayleigh
+    if norm is not None:
+        own = jnp.where(x_square > 0, energy / x_square, jnp.inf)
+        rayleigh = jnp.where(replace, rayleigh, jnp.minimum(rayleigh, jnp.minimum(quotient, own)))
     # A direction without positive curvature ends the run: it is what there is to report.
+    broken = ~(replace | (curvature > 0))
     rayleigh = jnp.where(broken, jnp.minimum(rayleigh, quotient), rayleigh)
-    level = norm * x_norm
-    rounding = eps * (level + s.rhs_norm)
-    deviation = jnp.where(replace, rounding, s.deviation + eps * (level + residual_norm))
-    smallest = jnp.minimum(rayleigh, metric * lowest)
+    eps = float(jnp.finfo(alpha.dtype).eps)
+    level = (ritz.high if norm is None else norm) * jnp.sqrt(x_square)
+    drift = s.deviation + eps * (level + jnp.sqrt(residual_square))
+    deviation = jnp.where(replace, eps * (level + s.rhs_norm), drift)
+    metric = s.metric if least is None else jnp.minimum(s.metric, least)
+    return pack(
+        Scalars(s.rhs_norm, deviation, rayleigh, metric, norm, energy, x_square, x_dot_p, residual_square)
+    )
+
+
+def judged(
+    test: StoppingTest,
+    stand: Packed[Stand],
+    packed: Packed[Scalars],
+    spectrum: Packed[Spectrum],
+    now: Open,
+    curvature: Scalar,
+    direction: Scalar,
+    gamma: Scalar,
+    squares: Squares,
+) -> tuple[Packed[Stand], Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
+    """How the run stands after a turn, and what is in `Open` of the next besides γ.
+
+    Args:
+        test: When to stop.
+        stand: Before this turn.
+        packed: The scalars of the next turn.
+        spectrum: That of the next turn.
+        now: Of this turn.
+        curvature: pᵀAp.
+        direction: pᵀMp.
+        gamma: rᵀM⁻¹r, after the step.
+        squares: Other inner products, after the step.
+    """
+    (num_matvecs, _), s, (ritz, _, next_direction) = stand.tree, packed.tree, spectrum.tree
+    dtype, replace, plain = gamma.dtype, now.replace, s.norm is None
+    eps, floor = float(jnp.finfo(dtype).eps), test.floor_of_singular
+    norm = ritz.high if s.norm is None else s.norm
+    p_dot_p = direction if squares.direction is None else added(squares.direction)
+    quotient, lowest = curvature / p_dot_p, 1 / ritz.low
+    own_rayleigh = jnp.where(s.x_square > 0, s.energy / s.x_square, jnp.inf)
+    smallest = jnp.minimum(s.rayleigh, s.metric * lowest)
     if test.known_min is not None:
         smallest = jnp.minimum(test.known_min, smallest)
     # A direction with a small eigenvalue may not have shown itself in one or two steps.
-    wanted = test.rtol * jnp.where(s.num_matvecs < 3, 0.1, 1.0).astype(dtype)
+    wanted = test.rtol * jnp.where(num_matvecs < 3, 0.1, 1.0).astype(dtype)
     tighten: Scalar | int = 1
     if test.amplified is not False:
         tighten = jnp.where(test.amplified, jnp.minimum(1, smallest / own_rayleigh), 1)
-    measured = residual_norm if preconditioned is None else jnp.sqrt(metric * gamma)
-    scale = smallest if preconditioned is None else judging_scale(smallest, rayleigh, test.known_min)
+    residual_norm, x_norm = jnp.sqrt(s.residual_square), jnp.sqrt(s.x_square)
+    total_norm = x_norm if squares.total is None else jnp.sqrt(added(squares.total))
+    scale = smallest if plain else judging_scale(smallest, s.rayleigh, test.known_min)
     allowed = scale * tighten * jnp.maximum(wanted * total_norm, test.atol)
-    left = jnp.sqrt(gamma / seen.direction) * measured
-    met = left + deviation <= allowed
+    left = jnp.sqrt(gamma / next_direction) * (residual_norm if plain else jnp.sqrt(s.metric * gamma))
+    rounding = eps * (norm * x_norm + s.rhs_norm)
+    met = left + s.deviation <= allowed
     # r at rounding level of Ax, or b − Ax at what its own rounding leaves: no more can be won in this precision.
-    limited = residual_norm <= jnp.where(replace, max(test.floor_of_singular / eps, 1), 1) * rounding
-    trusted = deviation <= 10 * rounding
+    limited = residual_norm <= jnp.where(replace, max(floor / eps, 1), 1) * rounding
+    trusted = s.deviation <= 10 * rounding
     # An end that a drift within its bound could have feigned: the true residual is to confirm it.
     doubtful = ~replace & ~trusted & ((left <= allowed) | limited)
 
@@ -281,25 +310,12 @@ def after_step(
     status = jnp.where(limited & trusted, PRECISION_LIMITED, status)
     status = jnp.where(gamma < 0, INDEFINITE, status)
     # In a long run lost orthogonality pushes the Ritz value below the spectrum: a vector must bear it out.
-    unseen = lowest <= test.floor_of_singular * ritz.high
-    borne_out = ~replace & (witness <= 6 * test.floor_of_singular * norm)
-    status = jnp.where(unseen & borne_out, SINGULAR, status)
-    at_rounding = jnp.abs(curvature) <= test.floor_of_singular * norm * p_dot_p
+    borne_out = ~replace & (jnp.minimum(quotient, own_rayleigh) <= 6 * floor * norm)
+    status = jnp.where((lowest <= floor * ritz.high) & borne_out, SINGULAR, status)
+    at_rounding = jnp.abs(curvature) <= floor * norm * p_dot_p
+    broken = ~(replace | (curvature > 0))
     status = jnp.where(broken, jnp.where(at_rounding, SINGULAR, INDEFINITE), status)
-    status = jnp.where(jnp.isfinite(finite + gamma), status, NONFINITE).astype(jnp.int32)
-    num_matvecs = s.num_matvecs + 1
-    scalars = Scalars(
-        rhs_norm=s.rhs_norm,
-        deviation=deviation,
-        rayleigh=rayleigh,
-        metric=metric,
-        norm=None if s.norm is None else norm,
-        energy=energy,
-        x_square=x_square,
-        x_dot_p=x_dot_p,
-        residual_square=residual_square,
-        num_matvecs=num_matvecs,
-        status=status,
-    )
-    going = (status == RUNNING) & (num_matvecs < test.max_steps)
-    return pack(scalars), doubtful, going, going & ~(replace | doubtful)
+    finite = curvature + gamma + (0 if squares.product is None else added(squares.product))
+    status = jnp.where(jnp.isfinite(finite), status, NONFINITE).astype(jnp.int32)
+    going = (status == RUNNING) & (num_matvecs + 1 < test.max_steps)
+    return pack(Stand(num_matvecs + 1, status)), doubtful, going, going & ~(replace | doubtful)
