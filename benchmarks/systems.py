@@ -16,7 +16,10 @@ import curvax as cx
 
 
 class System(NamedTuple):
-    """A x = b. `matvec` is what every library in JAX is given, `matrix` (sparse or dense) what SciPy is given."""
+    """A x = b. `matvec` is what every library in JAX is given, `matrix` (sparse or dense) what SciPy is given.
+
+    Of a curvature there are products alone: SciPy is then given those of `matvec`, compiled (`for_scipy`).
+    """
 
     name: str
     matvec: Callable[[jax.Array], jax.Array]
@@ -25,10 +28,21 @@ class System(NamedTuple):
     exact: np.ndarray
     symmetric: bool
     definite: bool
+    products: bool = False
+
+    def for_scipy(self):
+        """What SciPy's solvers are given."""
+        if not self.products:
+            return self.matrix
+        product = jax.jit(self.matvec)
+        shape = (len(self.exact), len(self.exact))
+        return scipy.sparse.linalg.LinearOperator(
+            shape, matvec=lambda v: np.asarray(product(v)), dtype=np.float64
+        )
 
 
-def _system(name, matvec, matrix, rhs, *, symmetric=True, definite=True) -> System:
-    return System(name, matvec, matrix, jnp.asarray(rhs), _exact(matrix, rhs), symmetric, definite)
+def _system(name, matvec, matrix, rhs, *, symmetric=True, definite=True, products=False) -> System:
+    return System(name, matvec, matrix, jnp.asarray(rhs), _exact(matrix, rhs), symmetric, definite, products)
 
 
 def _exact(matrix, rhs: np.ndarray) -> np.ndarray:
@@ -131,6 +145,7 @@ def softmax_hessian() -> System:
         lambda v: product(v.reshape(weights.shape)).ravel(),
         exact.curvature,
         np.asarray(rhs).ravel(),
+        products=True,
     )
 
 
@@ -153,7 +168,11 @@ def gauss_newton(damping: float = 1e-4, width: int = 10) -> System:
     jacobian = np.asarray(jax.jacobian(model)(flat)).reshape(-1, flat.size)
     matrix = jacobian.T @ jacobian / count + damping * np.eye(flat.size)
     return _system(
-        f"Gauss–Newton of a network, n = {flat.size}", matvec, matrix, rng.standard_normal(flat.size)
+        f"Gauss–Newton of a network, n = {flat.size}",
+        matvec,
+        matrix,
+        rng.standard_normal(flat.size),
+        products=True,
     )
 
 
