@@ -58,9 +58,9 @@ else:
         )
         no_influence = (
             "A hyperparameter has no influence that the rule could see: neither the outer loss nor the inner "
-            "gradient depends on it (`cx.FirstOrder()` looks at the outer loss alone). If it enters through the "
-            "start or through the inner optimiser, the implicit derivative does not see it: use `cx.Unrolled()` "
-            "with `cx.Steps`."
+            "gradient depends on it (`cx.FirstOrder()` looks at the outer loss alone). The settings of the inner "
+            "optimiser and the start are seen by `cx.Unrolled()`, where they are written as functions of phi: "
+            "`cx.Steps(lambda phi: optax.sgd(phi['rate']), 100, start=lambda phi: phi['start'])`."
         )
         adjoint_not_converged = (
             "The linear solve for the adjoint spent its budget of steps. Pass a preconditioner, a direct "

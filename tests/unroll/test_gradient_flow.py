@@ -11,7 +11,7 @@ import pytest
 import curvax as cx
 from helpers import compare
 
-pytest.importorskip("diffrax")
+diffrax = pytest.importorskip("diffrax")
 
 CURVATURES = np.asarray([0.5, 2.0, 8.0])
 
@@ -179,6 +179,10 @@ def test_the_second_call_compiles_nothing():
     assert len(traces) == first
 
 
+def with_solver(name):
+    return cx.GradientFlow(1.0, rtol=1e-4, atol=1e-4, solver=getattr(diffrax, name)())
+
+
 USE = {
     "truncate": (lambda: on_flow(rule=cx.Unrolled(truncate=3)), ValueError, "`truncate`"),
     "mixed": (lambda: on_flow(rule=cx.Unrolled("mixed")), ValueError, "`mode`"),
@@ -195,6 +199,14 @@ USE = {
     "text": (lambda: cx.GradientFlow("1", rtol=1e-4, atol=1e-4), TypeError, "`horizon`"),
     "tolerance": (lambda: cx.GradientFlow(1.0, rtol=0.0, atol=1e-4), ValueError, "`rtol`"),
     "steps": (lambda: cx.GradientFlow(1.0, rtol=1e-4, atol=1e-4, max_steps=0), ValueError, "`max_steps`"),
+    "endless": (lambda: cx.GradientFlow(np.inf, rtol=1e-4, atol=1e-4), ValueError, "`horizon`.*finite"),
+    "no error of its own": (lambda: with_solver("Euler"), ValueError, "`solver`.*error estimate"),
+    "two vector fields": (
+        lambda: with_solver("SemiImplicitEuler"),
+        ValueError,
+        "`solver`.*single vector field",
+    ),
+    "explicit and implicit": (lambda: with_solver("KenCarp4"), ValueError, "`solver`.*single vector field"),
     "solver": (lambda: cx.GradientFlow(1.0, rtol=1e-4, atol=1e-4, solver=3), TypeError, "`solver`"),
 }
 

@@ -223,10 +223,23 @@ def test_rounded_checkpoints_of_a_path_that_stops():
     assert compare.relative_error(*weights) < 0.01
 
 
+def test_where_nothing_was_stored_nothing_was_rounded():
+    """`auto` takes forward mode for a single hyperparameter."""
+    hg = cx.hypergradient(
+        cx.Bilevel(inner=lambda t, p, _: 0.5 * jnp.sum((t - p) ** 2), outer=lambda t, p, _: jnp.sum(t**2)),
+        jnp.asarray(1.0),
+        jnp.zeros(3),
+        inner_solver=cx.Steps(optax.sgd(0.1), 4),
+        rule=cx.Unrolled(checkpoint_dtype=jnp.bfloat16, measure_error=True),
+    )
+    assert hg.stats.path.mode == "forward" and float(hg.stats.error_estimate) == 0
+
+
 USE = {
     "dtype": (lambda: cx.HalfPrecision(jnp.float32), ValueError, "`dtype`"),
     "scale": (lambda: cx.HalfPrecision(loss_scale=2.0), ValueError, "float16"),
     "negative": (lambda: cx.HalfPrecision(jnp.float16, loss_scale=-1.0), ValueError, "`loss_scale`"),
+    "no power of two": (lambda: cx.HalfPrecision(jnp.float16, loss_scale=3.0), ValueError, "power of two"),
     "interval": (lambda: cx.HalfPrecision(jnp.float16, growth_interval=0), ValueError, "`growth_interval`"),
     "a dtype alone": (lambda: cx.Steps(optax.sgd(0.1), 2, half=jnp.bfloat16), TypeError, "`half`"),
     "reverse": (lambda: run(cx.Unrolled("reverse"), FP16), ValueError, 'mode="mixed"'),

@@ -178,3 +178,21 @@ def test_costs_of_what_has_no_steps():
     problem = cx.Bilevel(inner=cx.Root(lambda x, p, _: x - p), outer=lambda x, p, _: x)
     with pytest.raises(ValueError, match="problem.*loss"):
         cx.unroll.cost(problem, jnp.ones(()), jnp.ones(()), inner_solver=SOLVER)
+
+
+@pytest.mark.parametrize("kind", ["contractions", "elementwise"])
+def test_the_best_by_cost_is_what_auto_takes(kind):
+    """Reverse mode may be predicted to be faster: `auto` takes it only where nothing is contracted."""
+    matrix = jnp.eye(3) + 0.1
+
+    def inner(theta, phi, _):
+        shifted = matrix @ theta - phi if kind == "contractions" else theta - phi
+        return jnp.sum(jnp.tanh(shifted) ** 2 + 0.1 * shifted**2)
+
+    problem = cx.Bilevel(inner=inner, outer=lambda theta, phi, _: jnp.sum(theta**2))
+    phi, theta, solver = jnp.ones(3), jnp.zeros(3), cx.Steps(optax.sgd(0.1), 12)
+    phi = jnp.ones((40, 3)) if kind == "elementwise" else phi
+    best = cx.unroll.cost(problem, phi, theta, inner_solver=solver).best()
+    path = cx.hypergradient(problem, phi, theta, inner_solver=solver, rule=cx.Unrolled()).stats.path
+    assert (best.mode, best.lengths) == (path.mode, path.lengths)
+    assert best.mode in ({"mixed", "forward"} if kind == "contractions" else {"reverse"})

@@ -426,6 +426,68 @@ def test_implicit_rule_of_steps_that_stop():
     assert compare.relative_error(hg.grad, CASE.truth.grad) <= 1e-3
 
 
+def begun(start, rule=None, optimizer=None, phi=None):
+    """One curvature for each number, and a start that is a hyperparameter."""
+    curvatures = jnp.asarray([0.5, 1.0, 2.0])
+    problem = cx.Bilevel(
+        inner=lambda theta, phi, _: 0.5 * jnp.sum(curvatures * (theta - 1.0) ** 2),
+        outer=lambda theta, phi, _: jnp.sum((theta + 0.5) ** 2),
+    )
+    return cx.hypergradient(
+        problem,
+        {"start": jnp.asarray([0.3, -0.2, 2.0]), "rate": jnp.asarray(0.4)} if phi is None else phi,
+        jnp.zeros(3),
+        inner_solver=cx.Steps(optimizer or (lambda phi: optax.sgd(phi["rate"])), 5, start=start),
+        rule=rule or cx.Unrolled(),
+        throw=False,
+    )
+
+
+@pytest.mark.parametrize("mode", ["mixed", "reverse", "forward"])
+@pytest.mark.parametrize("kind", ["gradient descent", "a state that holds the start"])
+def test_the_start_is_a_hyperparameter(mode, kind):
+    """θ_n = 1 + (1 − ηh)ⁿ(θ_0 − 1), and schedule-free gradient descent, whose first state is θ_0, by a plain loop."""
+    curvatures = np.asarray([0.5, 1.0, 2.0])
+    optimizer = None
+
+    def end(phi):
+        return 1 + (1 - phi["rate"] * curvatures) ** 5 * (2 * phi["start"] - 1)
+
+    if kind != "gradient descent":
+
+        def optimizer(phi):
+            return optax.contrib.schedule_free(optax.sgd(phi["rate"]), phi["rate"], b1=0.9)
+
+        def end(phi):
+            theta = 2 * phi["start"]
+            state = optimizer(phi).init(theta)
+            for _ in range(5):
+                updates, state = optimizer(phi).update(curvatures * (theta - 1), state, theta)
+                theta = theta + updates
+            return theta
+
+    phi = {"start": jnp.asarray([0.3, -0.2, 2.0]), "rate": jnp.asarray(0.4)}
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.grad(lambda phi: jnp.sum((end(phi) + 0.5) ** 2))(phi)
+    hg = begun(lambda phi: 2 * phi["start"], cx.Unrolled(mode), optimizer, phi)
+    assert hg.result == cx.RESULTS.successful
+    for name in phi:
+        assert compare.relative_error(hg.grad[name], expected[name]) <= 1e-12, name
+
+
+def test_a_truncated_path_does_not_see_its_start():
+    hg = begun(lambda phi: phi["start"], cx.Unrolled("mixed", truncate=2))
+    assert hg.result == cx.RESULTS.no_influence
+    # Of the rules that ask for the end alone, only where it is.
+    end = begun(lambda phi: phi["start"], cx.FirstOrder()).theta
+    np.testing.assert_allclose(end, begun(lambda phi: phi["start"]).theta, rtol=1e-12)
+
+
+def test_integers_of_numpy_are_numbers_of_steps():
+    assert cx.Steps(optax.sgd(0.1), np.int64(3)).num_steps == 3
+    assert cx.MemoryBudget(np.prod((3, 4))) == cx.MemoryBudget(12)
+
+
 WRONG = {
     "no steps": (lambda: cx.Steps(optax.sgd(0.1), 0), ValueError, "num_steps.*at least 1"),
     "negative tolerance": (lambda: cx.Steps(optax.sgd(0.1), 5, -1.0), ValueError, "tolerance.*at least 0"),
@@ -443,6 +505,14 @@ WRONG = {
         ValueError,
         "tolerance.*sampler",
     ),
+    "three arguments": (lambda: cx.Steps(lambda a, b, c: optax.sgd(a), 3), TypeError, "function of phi"),
+    "no argument": (lambda: cx.Steps(lambda: optax.sgd(0.1), 3), TypeError, "function of phi"),
+    "a start that is no function": (
+        lambda: cx.Steps(optax.sgd(0.1), 3, start=jnp.zeros(3)),
+        TypeError,
+        "`start`.*function",
+    ),
+    "a start of another shape": (lambda: begun(lambda phi: phi["start"][:2]), ValueError, "`start`.*shapes"),
     "no transformation": (lambda: unrolled(lambda phi, step: 0.1, 2), TypeError, "GradientTransformation"),
 }
 

@@ -63,7 +63,7 @@ def test_truncation_at_the_solution_is_a_neumann_series():
     sweep(["condition 1e1", "condition 1e2", "ridge, half"], always=["condition 1e2", "ridge, half"]),
 )
 def test_estimated_bias(name):
-    """Of gradient descent on quadratics, 20 of 200 steps: the estimate is within a factor of three."""
+    """Of gradient descent on quadratics, 20 of 200 steps: the estimate is not much below the bias."""
     case = problems.MINIMA[name]()
     hessian = jax.hessian(lambda t: case.inner(t, case.phi, case.inner_data))(case.theta0)
     optimizer = optax.sgd(1.0 / float(np.linalg.eigvalsh(np.asarray(hessian))[-1]))
@@ -71,9 +71,27 @@ def test_estimated_bias(name):
     part = on_case(cx.Unrolled("mixed", truncate=20), optimizer, 200, case=case)
     error = compare.absolute_error(part.grad, whole.grad)
     assert np.isnan(float(whole.stats.error_estimate))
-    assert error / 3 <= float(part.stats.error_estimate) <= 3 * error
+    assert error / 2 <= float(part.stats.error_estimate) <= 6 * error
     norm = np.linalg.norm(compare.flat(part.grad))
     assert float(part.stats.relative_error) == pytest.approx(float(part.stats.error_estimate) / norm)
+
+
+@pytest.mark.parametrize(("mode", "truncate"), [("mixed", 3), ("mixed", 5), ("forward", 3), ("forward", 8)])
+def test_estimated_bias_of_parts_that_decay_at_different_rates(mode, truncate):
+    """Curvatures over a range of 50, 120 steps: θ_n = c + (1 − ηh)ⁿ(θ_0 − c), the steps before the last K dropped."""
+    curvatures, steps = np.geomspace(0.02, 1.0, 9), 120
+    problem = cx.Bilevel(
+        inner=lambda theta, phi, _: 0.5 * jnp.sum(jnp.asarray(curvatures) * (theta - phi) ** 2),
+        outer=lambda theta, phi, _: jnp.sum((theta - 2.0) ** 2),
+    )
+    phi, start, decay = np.linspace(-1.0, 1.0, 9), np.full(9, 0.3), 1 - 0.9 * curvatures
+    pull = 2 * (phi + decay**steps * (start - phi) - 2.0)
+    cut = (1 - decay**truncate) * pull
+    missing = np.linalg.norm((1 - decay**steps) * pull - cut)
+    solver, rule = cx.Steps(optax.sgd(0.9), steps), cx.Unrolled(mode, truncate=truncate)
+    hg = cx.hypergradient(problem, jnp.asarray(phi), jnp.asarray(start), inner_solver=solver, rule=rule)
+    np.testing.assert_allclose(hg.grad, cut, rtol=1e-10)
+    assert 0.5 <= float(hg.stats.error_estimate) / missing <= 6
 
 
 def test_nothing_left_out_is_no_bias():

@@ -232,6 +232,7 @@ def make_task(
     rollout: Any = None
     if isinstance(inner_solver, Steps):
         rollout = Rollout(inner_solver, condition.fn, theta_dynamic, phi_static, inner_data, steps_key)
+        theta_dynamic = rollout.begin(phi_dynamic)
 
         def solve(start: PyTree[Array]) -> tuple[PyTree[Array], Array, RESULTS]:
             end = rollout.end(phi_dynamic, start)

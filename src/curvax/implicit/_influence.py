@@ -26,6 +26,22 @@ def unreached(linear: Callable[[PyTree], PyTree], vector: PyTree) -> list[bool]:
     return [not (isinstance(atom, Var) and atom in reached) for atom in traced.jaxpr.outvars]
 
 
+def without_effect(fn: Callable[[PyTree], PyTree], at: PyTree) -> list[bool]:
+    """For each leaf of its argument, whether a function's derivative is zero along it, by the structure of the program.
+
+    As `unreached`, by forward mode: the function may hold loops that have no reverse mode.
+    """
+    traced = jax.make_jaxpr(jax.linearize(fn, at)[1])(at)
+    reaching: dict[Var, set[int]] = {v: {i} for i, v in enumerate(traced.jaxpr.invars)}
+    for equation in traced.jaxpr.eqns:
+        sources = [reaching.get(atom, set()) for atom in equation.invars if isinstance(atom, Var)]
+        for variable in equation.outvars:
+            reaching[variable] = set().union(*sources)
+    found = [reaching.get(atom, set()) for atom in traced.jaxpr.outvars if isinstance(atom, Var)]
+    arrived = set().union(*found)
+    return [i not in arrived for i in range(len(traced.jaxpr.invars))]
+
+
 def without_influence(
     task: Task, grad: PyTree[Array], result: RESULTS
 ) -> tuple[PyTree[Bool[Array, ""]], RESULTS]:

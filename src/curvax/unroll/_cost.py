@@ -9,7 +9,15 @@ from curvax._pytree import promote_half, tree_size
 from curvax.implicit._condition import Minimum
 from curvax.unroll._measured import seconds_of_path, tried
 from curvax.unroll._memory import measure as sizes_of
-from curvax.unroll._plan import Method, adjoint_methods, contracted_part, forward_method, has_custom_vjp
+from curvax.unroll._outcome import in_reverse
+from curvax.unroll._plan import (
+    Method,
+    adjoint_methods,
+    automatic,
+    contracted_part,
+    forward_method,
+    has_custom_vjp,
+)
 from curvax.unroll._rollout import Rollout
 from curvax.unroll._schedule import named
 from curvax.unroll._steps import Steps
@@ -26,6 +34,7 @@ class CostRow(eqx.Module):
         num_bytes: Memory beside arguments and results.
         measured_gradients: The same time measured, in steps of the path alone; None where it was not measured.
         measured_bytes: The same memory as the compiler plans it; None where it was not measured.
+        automatic: Whether `mode="auto"` considers this mode for the loss at hand.
     """
 
     mode: str = eqx.field(static=True)
@@ -35,6 +44,7 @@ class CostRow(eqx.Module):
     num_bytes: int = eqx.field(static=True)
     measured_gradients: float | None = eqx.field(static=True, default=None)
     measured_bytes: int | None = eqx.field(static=True, default=None)
+    automatic: bool = eqx.field(static=True, default=True)
 
 
 class Costs(eqx.Module):
@@ -51,10 +61,11 @@ class Costs(eqx.Module):
     num_phi: int = eqx.field(static=True)
 
     def best(self, num_bytes: int | None = None) -> CostRow:
-        """The fastest that takes at most so much memory."""
-        fitting = [row for row in self.rows if num_bytes is None or row.num_bytes <= num_bytes]
+        """What `auto` takes: of the modes that it considers the fastest that takes at most so much memory."""
+        rows = [row for row in self.rows if row.automatic]
+        fitting = [row for row in rows if num_bytes is None or row.num_bytes <= num_bytes]
         if not fitting:
-            least = min(row.num_bytes for row in self.rows)
+            least = min(row.num_bytes for row in rows)
             raise ValueError(f"`num_bytes={num_bytes}` is too little: the least is about {least}.")
         return fitting[0]
 
@@ -147,12 +158,14 @@ def cost(
     rollout = Rollout(inner_solver, inner, start, phi_static, inner_data, key)
     step, walk = rollout.step(hyper)
     num_steps, num_phi = inner_solver.num_steps, tree_size(hyper)
-    sizes = sizes_of(step, walk, outer)
+    with in_reverse():
+        sizes = sizes_of(step, walk, outer)
     contracted = contracted_part(step, walk)
     methods = [(forward_method(num_phi, contracted), sizes)]
     if walk.scaling is None:
         methods += [(m, sizes) for m in adjoint_methods("reverse", num_steps, contracted, stops=sizes.stops)]
-    if not has_custom_vjp(step, walk):
+    custom = has_custom_vjp(step, walk)
+    if not custom:
         sizes = sizes_of(step.in_mixed_mode(), walk, outer)
         methods += [
             (method, sizes) for method in adjoint_methods("mixed", num_steps, contracted, stops=sizes.stops)
@@ -170,6 +183,7 @@ def cost(
                 num_bytes=method.num_bytes(sizes, num_steps),
                 measured_gradients=None if unit is None or seconds is None else seconds / unit,
                 measured_bytes=taken,
+                automatic=method.mode in automatic(custom, contracted),
             )
         )
     return Costs(tuple(rows), num_steps, num_phi)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from curvax._pytree import tree_add, tree_axpy, tree_dtype, tree_norm, tree_scale
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.unroll._gradient import gradient
-from curvax.unroll._outcome import check_rollout, extrapolated, outcome
+from curvax.unroll._outcome import check_rollout, extrapolated, in_reverse, outcome
 from curvax.unroll._path_stats import PathStats, num_repeated
 from curvax.unroll._reverse import Followed, tail
 from curvax.unroll._rollout import Rollout
@@ -93,11 +93,13 @@ class FiniteDifference(AbstractRule):
         def move(slope: PyTree[Array], value: Array, theta: PyTree[Array], phi: PyTree[Array]) -> Any:
             return step.update(phi, slope, value, start.walk.state, theta, batch, start.walk.taken)
 
-        end, pull, end_state = jax.vjp(move, slope, value, theta, phi, has_aux=True)
+        with in_reverse():
+            end, pull, end_state = jax.vjp(move, slope, value, theta, phi, has_aux=True)
         outer_value, (adjoint, direct) = jax.value_and_grad(task.outer, argnums=(0, 1))(
             end, phi, task.outer_batch
         )
-        vector, value_cotangent, theta_part, phi_part = pull(adjoint)
+        with in_reverse():
+            vector, value_cotangent, theta_part, phi_part = pull(adjoint)
 
         by_theta, by_phi, noise = self._product(step, theta, phi, batch, vector)
         if step.uses_value:

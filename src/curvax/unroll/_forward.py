@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from curvax._pytree import tree_add, tree_dot, tree_scale, tree_size
-from curvax.unroll._outcome import extrapolated
+from curvax.unroll._outcome import beyond
 from curvax.unroll._reverse import Followed, tail
 from curvax.unroll._rollout import Rollout
 from curvax.unroll._step import Step, Walk, initial_state
@@ -71,7 +71,8 @@ def by_tangents(
         frozen, _ = eqx.partition(start.walk, eqx.is_inexact_array)
         tangents = jax.tree.map(lambda leaf: jnp.zeros((chunk, *leaf.shape), leaf.dtype), frozen)
         if truncate is None or truncate >= total:
-            tangents = tangents._replace(state=_started(rollout, walk.state, phi, directions))
+            theta, state = _started(rollout, walk.state, phi, directions)
+            tangents = tangents._replace(theta=theta, state=state)
         parts = [(directions, tangents)]
         early = start.num_steps - late
         end, parts, norms, squares = _carried(step, start.walk, parts, early)
@@ -115,8 +116,9 @@ def by_tangents(
         older, later = jnp.sqrt(
             jnp.sum(slopes.reshape(-1, 2, chunk) ** 2, axis=(0, 2)) / (1 if drawn is None else size)
         )
-        left = jnp.maximum(last.walk.taken - start.num_steps, 0).astype(older.dtype) / late
-        bias = extrapolated(older, jnp.minimum(older / later, 1), left)
+        early = start.num_steps - late
+        places = {"near": late / 2, "far": late + early / 2, "begin": start.num_steps}
+        bias = beyond(older / early, later / late, **places, end=last.walk.taken)
     elif start.num_steps < total:
         bias = jnp.full((), jnp.nan, squares.dtype)
     return Followed(last.value, grad, last.walk, last.gradient_norms, norms, none, None, spread, bias)
@@ -171,14 +173,17 @@ def _carried(
     return walk, split, norms, jnp.append(squares, square_of(tangents))
 
 
-def _started(rollout: Rollout, like: PyTree, phi: PyTree[Array], directions: PyTree[Array]) -> PyTree[Array]:
-    """The tangents of the optimiser's state at the start: its settings may be part of it."""
+def _started(
+    rollout: Rollout, like: PyTree, phi: PyTree[Array], directions: PyTree[Array]
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """The tangents of the start and of the optimiser's state there: its settings may be part of it."""
 
-    def state(phi: PyTree[Array]) -> PyTree[Array]:
-        found = initial_state(rollout.transformation, rollout.theta0, phi, like=like)
-        return eqx.filter(found, eqx.is_inexact_array)
+    def begun(phi: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        theta = rollout.begin(phi)
+        state = initial_state(rollout.transformation, theta, phi, like=like)
+        return theta, eqx.filter(state, eqx.is_inexact_array)
 
-    return jax.vmap(lambda p: jax.jvp(state, (phi,), (p,))[1])(directions)
+    return jax.vmap(lambda p: jax.jvp(begun, (phi,), (p,))[1])(directions)
 
 
 def basis(phi: PyTree[Array], indices: Int[Array, " chunk"]) -> PyTree[Array]:

@@ -45,7 +45,7 @@ class GradientFlow(eqx.Module):
 
     Raises:
         ImportError: Diffrax is missing: `pip install 'curvax[ode]'`.
-        ValueError: `horizon`, a tolerance or `max_steps` is not positive.
+        ValueError: `horizon`, a tolerance or `max_steps` is not positive; `solver` does not choose its own steps.
         TypeError: `horizon` is neither a number nor a function, `solver` no Diffrax solver.
 
     Cost: the inner gradients that the solver takes, six a step for Tsit5, with about λmax·T/3 steps at least for an
@@ -87,6 +87,12 @@ class GradientFlow(eqx.Module):
             found = f"the class {self.solver.__name__}" if isinstance(self.solver, type) else self.solver
             raise TypeError(
                 f"`solver` of `GradientFlow` must be a Diffrax solver, as `diffrax.Tsit5()`, got {found}."
+            )
+        if self.solver is not None and not _fits(self.solver, diffrax):
+            raise ValueError(
+                "`solver` of `GradientFlow` must be one of Diffrax's for a single vector field, with an error estimate "
+                f"by which its steps are chosen; {type(self.solver).__name__} is not. Take `diffrax.Tsit5()`, or "
+                "`diffrax.Kvaerno5()` where the flow is stiff."
             )
 
 
@@ -191,11 +197,21 @@ def _diffrax() -> "ModuleType":
     return diffrax
 
 
+def _fits(solver: Any, diffrax: "ModuleType") -> bool:
+    """Whether a solver of Diffrax chooses its own steps and takes one vector field."""
+    terms = solver.term_structure
+    return (
+        isinstance(solver, diffrax.AbstractAdaptiveSolver)
+        and isinstance(terms, type)
+        and issubclass(diffrax.ODETerm, terms)
+    )
+
+
 def _check_positive(name: str, value: Any) -> None:
     """Refuse what is no positive number, as far as that is known."""
     if isinstance(value, str | bool) or not eqx.is_array_like(value) or jnp.ndim(value):
         wanted = "a positive number or a function of phi" if name == "horizon" else "a positive number"
         raise TypeError(f"`{name}` of `GradientFlow` must be {wanted}, got {value!r}.")
     known = isinstance(value, int | float | np.ndarray | np.generic)
-    if known and not value > 0:
-        raise ValueError(f"`{name}` of `GradientFlow` must be positive, got {value}.")
+    if known and not 0 < value < np.inf:
+        raise ValueError(f"`{name}` of `GradientFlow` must be positive and finite, got {value}.")

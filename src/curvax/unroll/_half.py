@@ -1,5 +1,6 @@
 """Inner gradients in half precision: what is cast, how the loss is scaled, and what happens when it overflows."""
 
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -66,9 +67,11 @@ class HalfPrecision(eqx.Module):
                 "`loss_scale` and `growth_interval` of `HalfPrecision` are for `jnp.float16`: bfloat16 has the range "
                 "of float32. Leave them out."
             )
-        if self.loss_scale is not None and not (0 < self.loss_scale <= LARGEST_SCALE):
+        if self.loss_scale is not None and not (
+            0 < self.loss_scale <= LARGEST_SCALE and math.log2(self.loss_scale).is_integer()
+        ):
             raise ValueError(
-                f"`loss_scale` of `HalfPrecision` must be between 0 and 2**24, got {self.loss_scale}."
+                f"`loss_scale` of `HalfPrecision` must be a power of two, at most 2**24, got {self.loss_scale}."
             )
         interval = self.growth_interval
         if interval is not None and (

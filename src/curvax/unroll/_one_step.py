@@ -10,7 +10,7 @@ from curvax._pytree import tree_norm
 from curvax.implicit._condition import FixedPoint
 from curvax.implicit._influence import unreached
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
-from curvax.unroll._outcome import extrapolated, outcome, reported
+from curvax.unroll._outcome import extrapolated, in_reverse, outcome, reported
 from curvax.unroll._path import follow
 from curvax.unroll._path_stats import PathStats, num_repeated
 from curvax.unroll._reverse import by_adjoint, tail
@@ -64,7 +64,8 @@ class OneStep(AbstractRule):
         outer = lambda theta, phi: task.outer(theta, phi, task.outer_batch)
         step, walk = rollout.step(task.phi)
         # Differentiated as JAX does: the graph of a single step is no burden, and the loss may hold what it likes.
-        found = by_adjoint(rollout, step, walk, outer, lengths=(1,), truncate=1, clip=None)
+        with in_reverse():
+            found = by_adjoint(rollout, step, walk, outer, lengths=(1,), truncate=1, clip=None)
         count, norms, shares = found.walk.taken, found.derivative_norms, found.shares
         assert shares is not None  # asked for by `truncate`
         path = PathStats(

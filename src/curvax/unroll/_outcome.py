@@ -1,6 +1,8 @@
 """From a differentiated path to what a rule returns: how it went, and what it says."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from curvax._pytree import tree_all_finite, tree_dtype, tree_norm, tree_zeros_like
 from curvax._results import RESULTS
-from curvax.implicit._influence import silent, unreached
+from curvax.implicit._influence import silent, unreached, without_effect
 from curvax.implicit._rule import Outcome, State, Stats, Task
 from curvax.unroll._path_stats import PathStats
 from curvax.unroll._reverse import Followed
@@ -26,6 +28,30 @@ def check_rollout(rule: str, has_rollout: bool) -> None:
             f"`rule={rule}()` differentiates through the steps of `inner_solver=cx.Steps(...)`, but another "
             "solver was given. Use `cx.Steps` with an Optax optimiser, or `rule=cx.Implicit()`."
         )
+
+
+@contextlib.contextmanager
+def in_reverse() -> Iterator[None]:
+    """Say what a loop in the optimiser means for reverse mode, where JAX meets one.
+
+    Raises:
+        IrreversibleError: There is one.
+        ValueError: Any other, as it came.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+        raise IrreversibleError(
+            "`optimizer` of `Steps` loops until a condition holds, as the line search of `optax.lbfgs` does, and such "
+            'a loop has no derivative in reverse. Use `rule=cx.Unrolled("forward")` without a memory budget, or an '
+            "optimiser without such a loop, as `optax.lbfgs(rate, linesearch=None)`."
+        ) from error
+
+
+class IrreversibleError(ValueError):
+    """Of a program that JAX cannot differentiate in reverse."""
 
 
 def reported(
@@ -93,7 +119,7 @@ def outcome(
         found.value,
         found.grad,
         RESULTS.where(path.rounding > CHAOTIC, RESULTS.chaotic_path, RESULTS.successful),
-        unseen_leaves(task, step, found.walk),
+        unseen_leaves(task, step, found.walk, path.truncate),
         residual=jax.grad(step.loss)(theta, task.phi, task.inner_batch),
         num_steps=found.walk.taken,
         error=bias,
@@ -114,11 +140,38 @@ def extrapolated(
     return jnp.where(last == 0, 0, last * total)
 
 
-def unseen_leaves(task: Task, step: Step, walk: Walk) -> list[bool]:
-    """For each leaf of φ, whether neither the inner gradient nor the optimiser depends on it.
+def beyond(
+    older: Float[Array, ""],
+    later: Float[Array, ""],
+    *,
+    near: float,
+    far: float,
+    begin: float,
+    end: Int[Array, ""],
+) -> Float[Array, ""]:
+    """∫ c(x) dx from `begin` to `end`, x the distance from the end of the path and c what a step there contributes.
 
-    The optimiser's first state is among its arguments here: that it may hold φ shows in the update of the next.
+    c goes on as the power of x that is `later` at `near` and `older` at `far`. Parts of a path that decay at different
+    rates add up to a function with a heavier tail than a geometric series through its last values. Where c grew it is
+    taken to stay as it is.
     """
+    dtype = older.dtype
+    power = jnp.maximum(jnp.log(later / older) / jnp.log(jnp.asarray(far / near, dtype)), 0)
+    low = jnp.log(jnp.asarray(begin / far, dtype))
+    high = jnp.maximum(jnp.log(end.astype(dtype) / far), low)
+    harmonic = jnp.abs(1 - power) < 1e-3
+    rest = jnp.where(harmonic, 1, 1 - power)
+    total = jnp.where(harmonic, high - low, (jnp.exp(rest * high) - jnp.exp(rest * low)) / rest)
+    return jnp.where(older == 0, 0, older * far * total)
+
+
+def unseen_leaves(task: Task, step: Step, walk: Walk, truncate: int | None) -> list[bool]:
+    """For each leaf of φ, whether neither the inner gradient nor the optimiser depends on it, nor the start.
+
+    The optimiser's first state is among its arguments here: that it may hold φ shows in the update of the next. Of a
+    truncated path the start is no part.
+    """
+    rollout: Any = task.rollout
     batch, phi = task.inner_batch, task.phi
 
     def cross(vector: PyTree[Array]) -> PyTree[Array]:
@@ -129,6 +182,6 @@ def unseen_leaves(task: Task, step: Step, walk: Walk) -> list[bool]:
         after = step.update(phi, walk.theta, value, walk.state, walk.theta, batch, walk.taken)
         return eqx.filter(after, eqx.is_inexact_array)
 
-    by_loss = unreached(cross, walk.theta)
-    by_optimiser = unreached(lambda v: jax.vjp(moved, phi)[1](v)[0], jax.eval_shape(moved, phi))
-    return [a and b for a, b in zip(by_loss, by_optimiser, strict=True)]
+    by_loss, by_optimiser = unreached(cross, walk.theta), without_effect(moved, phi)
+    by_start = [True] * len(by_loss) if truncate is not None else without_effect(rollout.begin, phi)
+    return [all(parts) for parts in zip(by_loss, by_optimiser, by_start, strict=True)]

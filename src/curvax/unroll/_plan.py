@@ -121,16 +121,28 @@ def choose(
                 else '. Use `mode="mixed"`, or `jnp.bfloat16`.'
             )
         )
-    adjoint = mode if mode in ("mixed", "reverse") else "reverse" if custom else "mixed"
-    forward = with_forward and (mode == "forward" or (mode == "auto" and not custom))
     num_phi, contracted = directions or tree_size(step.phi), contracted_part(step, walk)
+    considered = automatic(custom, contracted) if mode == "auto" else {mode}
+    adjoints = [name for name in ("mixed", "reverse") if name in considered] or ["mixed"]
+    if len(adjoints) == 2 and (outer is None or walk.scaling is not None):
+        adjoints = ["mixed"]
+    forward = with_forward and "forward" in considered
+
+    def by_adjoints() -> list[Method]:
+        every = [
+            adjoint_methods(name, num_steps, contracted, stops=stops, rounded_to=rounded_to)
+            for name in adjoints
+        ]
+        return sum(every, start=[])
+
     if isinstance(checkpoint, MemoryBudget):
         options = []
         if mode != "forward":
-            options = adjoint_methods(adjoint, num_steps, contracted, stops=stops, rounded_to=rounded_to)
+            options = by_adjoints()
         if forward:
             options += [forward_method(num_phi, contracted, CHUNK >> i) for i in range(CHUNK.bit_length())]
-        sizes = measure(step.in_mixed_mode() if adjoint == "mixed" else step, walk, outer)
+        sizes = {m: measure(step.in_mixed_mode() if m == "mixed" else step, walk, outer) for m in adjoints}
+        sizes["forward"] = sizes[adjoints[0]]
         return _within(checkpoint, sorted(options, key=lambda m: m.gradients), sizes, num_steps)
 
     asked = mode != "auto"
@@ -147,19 +159,9 @@ def choose(
     if mode != "forward":
         tape = (mode, checkpoint) == ("reverse", "none") and not stops and rounded_to is None
         lengths = None if tape else named(checkpoint, num_steps)
-        options = adjoint_methods(adjoint, num_steps, contracted, stops=stops, rounded_to=rounded_to)
-        other = next(m for m in options if m.lengths == lengths)
-        if (
-            not asked
-            and not contracted
-            and outer is not None
-            and other.mode == "mixed"
-            and lengths == (num_steps,)
-        ):
-            # The tape of a loss without contractions is hardly more than the states and gradients.
-            tapes = adjoint_methods("reverse", num_steps, contracted, stops=stops, rounded_to=rounded_to)
-            taped = [m for m in tapes if m.lengths is None and walk.scaling is None]
-            other = min([other, *taped], key=lambda m: m.gradients)
+        # The tape of a loss without contractions is hardly more than the states and gradients.
+        allowed = {lengths, None} if len(adjoints) == 2 and checkpoint == "none" else {lengths}
+        other = min((m for m in by_adjoints() if m.lengths in allowed), key=lambda m: m.gradients)
         if not forward or other.gradients <= method.gradients:
             method = other
         elif not asked:
@@ -169,20 +171,34 @@ def choose(
     return method, f"{method.mode} mode, {reason}: about {method.gradients:.1f} inner gradients a step"
 
 
-def _within(budget: MemoryBudget, options: list[Method], sizes: Sizes, num_steps: int) -> tuple[Method, str]:
+def _within(
+    budget: MemoryBudget, options: list[Method], sizes: dict[str, Sizes], num_steps: int
+) -> tuple[Method, str]:
     """The first one that fits."""
     for method in options:
-        found = method.num_bytes(sizes, num_steps)
+        found = method.num_bytes(sizes[method.mode], num_steps)
         if found <= budget.num_bytes:
             return method, (
                 f"{method.mode} mode, the fastest within {budget.num_bytes} bytes (it takes about {found}): about "
                 f"{method.gradients:.1f} inner gradients a step"
             )
-    least = min(method.num_bytes(sizes, num_steps) for method in options)
+    least = min(options, key=lambda m: m.num_bytes(sizes[m.mode], num_steps))
     raise ValueError(
         f"`checkpoint=MemoryBudget({budget.num_bytes})` of `Unrolled` is too small: the schedule that stores least "
-        f"takes about {least} bytes, of which differentiating one step, or the outer loss, takes {sizes.working}."
+        f"takes about {least.num_bytes(sizes[least.mode], num_steps)} bytes, of which differentiating one step, or the "
+        f"outer loss, takes {sizes[least.mode].working}."
     )
+
+
+def automatic(custom: bool, contracted: float) -> set[str]:
+    """Modes among which `auto` takes the fastest.
+
+    Reverse mode only where nothing is contracted, or mixed mode is excluded: of other losses its graph of a step is
+    several times as large, and beside matrix products its time depends on the memory that it moves.
+    """
+    if custom:
+        return {"reverse"}
+    return {"mixed", "forward"} if contracted else {"mixed", "forward", "reverse"}
 
 
 def has_custom_vjp(step: Step, walk: Walk) -> bool:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
@@ -43,9 +45,22 @@ class Rollout(eqx.Module):
         """The optimiser at φ, in the step of this number."""
         return self.steps.transformation(eqx.combine(phi, self.phi_static), count)
 
+    def begin(self, phi: PyTree[Array]) -> PyTree[Array]:
+        """θ at the start, which may be a function of φ."""
+        if self.steps.start is None:
+            return self.theta0
+        found = eqx.filter(self.steps.start(eqx.combine(phi, self.phi_static)), eqx.is_inexact_array)
+        wanted, given = (jax.tree.map(jnp.shape, tree) for tree in (self.theta0, found))
+        if jax.tree.flatten(wanted) != jax.tree.flatten(given):
+            raise ValueError(
+                "`start` of `Steps` was called with phi and must return what θ is at the start, of the structure and "
+                f"the shapes of `theta0`, {wanted}; got {given}."
+            )
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), found, self.theta0)
+
     def step(self, phi: PyTree[Array], start: PyTree[Array] = None) -> tuple[Step, Walk]:
         """The step at φ and where it starts; the user's loss is traced here, and only here."""
-        theta = self.theta0 if start is None else start
+        theta = self.begin(phi) if start is None else start
         return build(
             self.transformation,
             self.loss,
@@ -58,9 +73,10 @@ class Rollout(eqx.Module):
         )
 
     def moved(self, step: Step, walk: Walk, phi: PyTree[Array]) -> tuple[Step, Walk]:
-        """The same at another φ, which may be part of the optimiser's first state."""
-        state = initial_state(self.transformation, walk.theta, phi, like=walk.state)
-        return step.at(phi), walk._replace(state=state)
+        """The same at another φ, which may be part of the start and of the optimiser's first state."""
+        theta = walk.theta if self.steps.start is None else self.begin(phi)
+        state = initial_state(self.transformation, theta, phi, like=walk.state)
+        return step.at(phi), walk._replace(theta=theta, state=state)
 
     def end(self, phi: PyTree[Array], start: PyTree[Array] = None) -> Walk:
         """Where the path ends; not to be differentiated in reverse."""

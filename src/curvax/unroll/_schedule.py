@@ -4,8 +4,14 @@ import math
 from typing import Any
 
 import equinox as eqx
+import numpy as np
 
 MOST_LEVELS = 5
+
+
+def plain_integer(value: Any) -> Any:
+    """An integer of NumPy, as products of shapes are, as one of Python; anything else as it is."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 class MemoryBudget(eqx.Module):
@@ -25,7 +31,7 @@ class MemoryBudget(eqx.Module):
         ```
     """
 
-    num_bytes: int = eqx.field(static=True)
+    num_bytes: int = eqx.field(static=True, converter=plain_integer)
 
     def __check_init__(self) -> None:
         if isinstance(self.num_bytes, bool) or not isinstance(self.num_bytes, int) or self.num_bytes < 1:

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from curvax.unroll._half import HalfPrecision
+from curvax.unroll._schedule import plain_integer
 
 
 class Steps(eqx.Module):
@@ -27,6 +28,8 @@ class Steps(eqx.Module):
         tolerance: Stop after the first step that starts from an inner gradient of at most this norm. None: never.
             It asks for nothing: a path that does not get there ends after `num_steps`.
         half: How the inner gradients are computed in half precision; None: not at all.
+        start: A function phi -> θ at the start, where that is a hyperparameter as well, `lambda phi: phi["start"]`;
+            `theta0` then gives its structure and shapes alone. None: `theta0`.
 
     With data given as a sampler every step draws its own batch. `value=`, `grad=` and `value_fn=` are handed to the
     optimiser. Its square roots have the derivative 0 at 0, so that parameters whose gradient is always zero leave
@@ -34,7 +37,8 @@ class Steps(eqx.Module):
 
     Raises:
         ValueError: `num_steps` is not a positive integer, or `tolerance` is negative.
-        TypeError: `optimizer` is neither a transformation nor a function, `half` no `cx.HalfPrecision`.
+        TypeError: `optimizer` is neither a transformation nor a function, `half` no `cx.HalfPrecision`, `start` no
+            function.
 
     Cost: one inner gradient and one optimiser update a step, and the value of the loss where the optimiser uses it.
 
@@ -47,9 +51,10 @@ class Steps(eqx.Module):
     """
 
     optimizer: optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-    num_steps: int = eqx.field(static=True)
+    num_steps: int = eqx.field(static=True, converter=plain_integer)
     tolerance: Float[Array, ""] | float | None = None
     half: HalfPrecision | None = eqx.field(default=None, kw_only=True)
+    start: Callable[[PyTree], PyTree] | None = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
@@ -77,12 +82,23 @@ class Steps(eqx.Module):
                 f"{getattr(self.half, '__name__', type(self.half).__name__)}."
             )
 
+        if self.start is not None and not callable(self.start):
+            raise TypeError(
+                "`start` of `Steps` must be a function phi -> θ or None, got "
+                f"{type(self.start).__name__}. A start that is no hyperparameter is `theta0`."
+            )
+
         is_function = not isinstance(self.optimizer, optax.GradientTransformation)
         if is_function and (getattr(self.optimizer, "__module__", None) or "").startswith("optax"):
             name = getattr(self.optimizer, "__name__", "adam")
             raise TypeError(
                 f"`optimizer` of `Steps` is the function `optax.{name}` itself: call it, `optax.{name}(1e-2)`, or "
                 f"write `lambda phi: optax.{name}(phi[...])` where its settings are hyperparameters."
+            )
+        if is_function and not any(_takes(self.optimizer, count) for count in (1, 2)):
+            raise TypeError(
+                "`optimizer` of `Steps` must be a function of phi, or of phi and the number of the step; this takes "
+                f"{inspect.signature(self.optimizer)}."
             )
 
     def transformation(self, phi: PyTree, count: Int[Array, ""]) -> optax.GradientTransformationExtraArgs:
@@ -101,6 +117,17 @@ class Steps(eqx.Module):
 def _nonnegative(value: Any) -> bool:
     known = isinstance(value, int | float | np.ndarray | np.generic)
     return not known or float(value) >= 0
+
+
+def _takes(fn: Callable, count: int) -> bool:
+    """Whether a function can be called with so many arguments, as far as that is known."""
+    try:
+        inspect.signature(fn).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def _takes_two(fn: Callable) -> bool:

@@ -8,15 +8,23 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from curvax._pytree import tree_norm, tree_sub
+from curvax._pytree import tree_norm, tree_size, tree_sub
 from curvax.implicit._rule import AbstractRule, Outcome, State, Task
 from curvax.unroll._forward import Drawn, by_tangents
 from curvax.unroll._gradient_flow import Flow
 from curvax.unroll._half import is_half
-from curvax.unroll._outcome import check_rollout, extrapolated, outcome, unseen_leaves
+from curvax.unroll._outcome import (
+    IrreversibleError,
+    beyond,
+    check_rollout,
+    extrapolated,
+    in_reverse,
+    outcome,
+    unseen_leaves,
+)
 from curvax.unroll._path import follow
 from curvax.unroll._path_stats import PathStats, num_repeated
-from curvax.unroll._plan import Method, choose
+from curvax.unroll._plan import Method, choose, contracted_part, forward_method
 from curvax.unroll._reverse import Followed, by_adjoint, tail
 from curvax.unroll._rollout import Rollout
 from curvax.unroll._schedule import MemoryBudget, check_checkpoint, named
@@ -51,15 +59,17 @@ class Unrolled(AbstractRule):
             derivatives are taken to commute. "forward": one tangent for each number in φ, several at a time, and
             nothing of the path is stored. "auto": what `cx.unroll.cost` takes for the fastest by what the
             loss is made of: forward mode for a single hyperparameter, else mixed mode; for losses without matrix
-            products forward mode of a few, then reverse mode; that also where the loss has a `jax.custom_vjp`.
+            products forward mode of a few, then reverse mode; that also where the loss has a `jax.custom_vjp`, and
+            forward mode where the optimiser loops until a condition holds (`optax.lbfgs`), which has no reverse mode.
         checkpoint: What reverse and mixed mode store of the path. "none": every state (in reverse mode the whole tape
             of every step). "sqrt": two nested loops, about 2√T states, and the path is computed once more. "binomial":
             up to five nested loops, the fewest states that they can do with: k levels store about k·T^(1/k) states
             and compute the path k − 1 more times. `cx.MemoryBudget(num_bytes)`: the fastest that fits.
         truncate: Differentiate the last so many steps only. The bias against the whole path is estimated by
-            extrapolating what the steps contribute, and is what `error_estimate` and `relative_error` say (in forward
-            mode from two steps on, for half as much again). An extrapolation: where parts of the path decay at very
-            different rates, it sees the fast ones first.
+            extrapolating what the steps contribute as a power of the distance from the end, and is what
+            `error_estimate` and `relative_error` say (in forward mode from two steps on, for half as much again). An
+            extrapolation: three times the true bias in the middle of many trials, below half of it in one of twelve,
+            where a part of the path decayed too slowly to be seen.
         clip: An Optax transformation without state that the adjoint goes through at every step, as
             `optax.clip_by_global_norm(1.0)`, `optax.clip(1.0)` or `optax.adaptive_grad_clip(0.1)`. What comes out is no
             derivative any more wherever it acts (`hg.stats.path.num_clipped`). Not in forward mode.
@@ -177,26 +187,38 @@ class Unrolled(AbstractRule):
         step, walk = rollout.step(task.phi)
         truncate = self._truncated(rollout)
         clip = self._clip(walk.theta)
-        method, reason = self._method(rollout, step, walk, outer)
-        drawn = self._drawn(task, state, step, walk) if method.mode == "forward" else None
 
         def followed(step: Step, method: Method) -> Followed:
             if method.mode == "forward":
+                drawn = self._drawn(task, state, step, walk, truncate)
                 return by_tangents(
                     rollout, step, walk, outer, truncate=truncate, chunk=method.chunk, drawn=drawn
                 )
-            return by_adjoint(
-                rollout,
-                step.in_mixed_mode() if method.mode == "mixed" else step,
-                walk,
-                outer,
-                lengths=method.lengths,
-                truncate=truncate,
-                clip=clip,
-                rounded_to=method.rounded_to,
-            )
+            with in_reverse():
+                return by_adjoint(
+                    rollout,
+                    step.in_mixed_mode() if method.mode == "mixed" else step,
+                    walk,
+                    outer,
+                    lengths=method.lengths,
+                    truncate=truncate,
+                    clip=clip,
+                    rounded_to=method.rounded_to,
+                )
 
-        found = followed(step, method)
+        try:
+            with in_reverse():
+                method, reason = self._method(rollout, step, walk, outer)
+            found = followed(step, method)
+        except IrreversibleError:
+            if self.mode != "auto" or self.clip is not None or isinstance(self.checkpoint, MemoryBudget):
+                raise
+            method = forward_method(tree_size(step.phi), contracted_part(step, walk))
+            reason = (
+                "forward mode, since the optimiser loops until a condition holds: about "
+                f"{method.gradients:.1f} inner gradients a step"
+            )
+            found = followed(step, method)
         path = PathStats(
             mode=method.mode,
             lengths=method.lengths,
@@ -211,7 +233,10 @@ class Unrolled(AbstractRule):
         errors = [_bias(found, truncate), found.spread]
         if self.measure_error:
             full = self._without_rounding(step, method, truncate or rollout.steps.num_steps)
-            errors.append(tree_norm(tree_sub(found.grad, followed(*full).grad)))
+            if full is None:
+                errors.append(jnp.zeros((), found.derivative_norms.dtype))
+            else:
+                errors.append(tree_norm(tree_sub(found.grad, followed(*full).grad)))
         known = [error for error in errors if error is not None]
         return outcome(task, state, step, found, path, sum(known[1:], start=known[0]) if known else None)
 
@@ -262,14 +287,15 @@ class Unrolled(AbstractRule):
             rounded_to=self.checkpoint_dtype,
         )
 
-    def _without_rounding(self, step: Step, method: Method, num_steps: int) -> tuple[Step, Method]:
-        """The same hypergradient in full precision."""
-        if step.half is None and method.rounded_to is None:
+    def _without_rounding(self, step: Step, method: Method, num_steps: int) -> tuple[Step, Method] | None:
+        """The same hypergradient in full precision; None where nothing was rounded."""
+        if step.half is None and self.checkpoint_dtype is None:
             raise ValueError(
                 "`measure_error=True` of `Unrolled` measures what half precision does to a hypergradient, but there is "
-                "none: neither `half` of `Steps` nor `checkpoint_dtype` is given. Leave it out, or take "
-                "`cx.diagnostics.compare` for other differences."
+                "none: neither `half` of `Steps` nor `checkpoint_dtype` is given. Leave it out."
             )
+        if step.half is None and method.rounded_to is None:
+            return None  # forward mode, which stores nothing, was the fastest
         if method.rounded_to is not None:
             method = method._replace(rounded_to=None, lengths=named("binomial", num_steps))
         return step.in_full_precision(), method
@@ -287,7 +313,7 @@ class Unrolled(AbstractRule):
                 "along with it, and nothing of the path is stored. Leave it out."
             )
 
-    def _drawn(self, task: Task, state: State, step: Step, walk: Walk) -> Drawn | None:
+    def _drawn(self, task: Task, state: State, step: Step, walk: Walk, truncate: int | None) -> Drawn | None:
         """The random directions, if they are wanted."""
         if self.directions is None:
             return None
@@ -296,7 +322,7 @@ class Unrolled(AbstractRule):
                 "`directions` of `Unrolled` are drawn at random: pass `key=jax.random.key(0)` to `hypergradient`."
             )
         key = jax.random.fold_in(state.key, DIRECTIONS)
-        return Drawn(self.directions, key, unseen_leaves(task, step, walk))
+        return Drawn(self.directions, key, unseen_leaves(task, step, walk, truncate))
 
     def _clip(self, theta: PyTree[Array]) -> optax.GradientTransformationExtraArgs | None:
         """The clipping, refused if it has a state."""
@@ -318,18 +344,24 @@ def _is_count(value: Any) -> bool:
 def _bias(found: Followed, truncate: int | None) -> Float[Array, ""] | None:
     """What the steps that were not differentiated would add, if the contributions went on changing as they did.
 
-    From the largest contribution of each half of the differentiated steps (momentum makes them oscillate), and of a
-    single step from the change of the adjoint. What grew is taken to stay as it is.
+    From the largest contributions of the two oldest quarters of the differentiated steps (momentum makes them
+    oscillate), or halves where there are few, and of a single step from the change of the adjoint.
     """
     norms, shares = found.derivative_norms, found.shares
     if found.bias is not None:
         return found.bias
     if truncate is None or shares is None:
         return None
-    count, half = found.walk.taken, max(1, truncate // 2)
-    first = jnp.max(shares[:half])
-    if truncate > 1:
-        change = (first / jnp.max(shares[half:])) ** (1 / half)
-    else:
-        change = norms[count - 1] / norms[count]
-    return extrapolated(first, jnp.minimum(change, 1), jnp.maximum(count - truncate, 0))
+    count = found.walk.taken
+    if truncate == 1:
+        change = jnp.minimum(norms[count - 1] / norms[count], 1)
+        return extrapolated(shares[0], change, jnp.maximum(count - 1, 0))
+    part = truncate // 4 if truncate >= 8 else truncate // 2
+    return beyond(
+        jnp.max(shares[:part]),
+        jnp.max(shares[part : 2 * part]),
+        near=truncate - 2 * part + 0.5,
+        far=truncate - part + 0.5,
+        begin=truncate,
+        end=count,
+    )
