@@ -9,7 +9,7 @@ import curvax as cx
 from curvax.optim import Damping
 from curvax.optim._quasi_newton import bfgs, damped
 from helpers.quick import quick
-from helpers.training import SQUARED, normal, objective, stepper, tanh_net, tanh_problem
+from helpers.training import FIXED, SQUARED, normal, objective, stepper, tanh_net, tanh_problem
 
 
 def test_an_update_satisfies_the_secant_equation(key):
@@ -39,7 +39,7 @@ def test_a_change_lost_in_rounding_changes_nothing(key):
     w, half = normal(key, (2, 3), (8, 3), dtype=jnp.float32)
     x, y = jnp.concatenate([half, -half]), jnp.ones((16, 2), jnp.float32)
     model_fn = lambda w, x: w @ x
-    optimiser = cx.optim.kbfgs(model_fn, SQUARED, example=x[0])
+    optimiser = cx.optim.kbfgs(model_fn, SQUARED, 0.1, example=x[0], damping=FIXED)
     step, state = stepper(optimiser, model_fn, SQUARED), optimiser.init(w)
     for _ in range(3):
         w, state, _, _ = step(w, state, x, y)
@@ -97,7 +97,7 @@ def test_the_first_steps_are_those_of_the_formulas(key):
 def test_an_inverse_out_of_date_is_computed_anew(key):
     """λ falls by a lot: an update along one direction would leave the inverse of the inputs as damped as it was."""
     params, x, y = tanh_problem(key)
-    optimiser = cx.optim.kbfgs(tanh_net, SQUARED, example=x[0], damping=Damping(0.5, every=None))
+    optimiser = cx.optim.kbfgs(tanh_net, SQUARED, 0.1, example=x[0], damping=Damping(0.5, every=None))
     step, state = stepper(optimiser, tanh_net, SQUARED), optimiser.init(params)
     for damping in (0.5, 0.45, 1e-6):
         params, state, _, _ = step(params, state._replace(damping=jnp.asarray(damping)), x, y)

@@ -86,7 +86,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# A network of flax.nnx is on the page about optimisers, which runs.
+EVERY_DAY = [pytest.param(name, marks=pytest.mark.thorough if name == "nnx" else ()) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", EVERY_DAY)
 def test_trains(name, key):
     """Every adaptive feature on; a few steps on one batch bring the objective down, and nothing goes wrong."""
     model_fn, params, shape = MODELS[name](key)

@@ -240,15 +240,12 @@ def test_a_given_rate_is_bounded(key):
     """By default: a rate of 1 far from the minimum, where the curvature of saturated outputs is next to nothing."""
     params, x, y = tanh_problem(key)
     labels, steep = jnp.arange(len(x)) % 2, jax.tree.map(lambda leaf: 5 * leaf, params)
-    lengths = {}
-    for clip in ("auto", None):
-        damping = Damping(1e-3, every=None, kl_clip=clip)
-        optimiser = cx.optim.kfac(tanh_net, SOFTMAX, 1.0, example=x[0], damping=damping, factors=EMPIRICAL)
-        step = stepper(optimiser, tanh_net, SOFTMAX)
-        _, state, updates, grads = step(steep, optimiser.init(steep), x, labels)
-        u, g = ravel_pytree(updates)[0], ravel_pytree(grads)[0]
-        lengths[clip] = float(-u @ g * state.info.learning_rate)
-    assert lengths["auto"] == pytest.approx(1e-2, rel=1e-6) and lengths[None] > 0.5
+    damping = Damping(1e-3, every=None)
+    optimiser = cx.optim.kfac(tanh_net, SOFTMAX, 1.0, example=x[0], damping=damping, factors=EMPIRICAL)
+    _, state, updates, grads = stepper(optimiser, tanh_net, SOFTMAX)(steep, optimiser.init(steep), x, labels)
+    u, g = ravel_pytree(updates)[0], ravel_pytree(grads)[0]
+    assert float(-u @ g * state.info.learning_rate) == pytest.approx(1e-2, rel=1e-6)
+    assert state.info.learning_rate < 0.2  # of 1
 
 
 def test_a_factor_without_an_inverse_falls_back(key):
