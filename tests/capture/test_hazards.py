@@ -196,6 +196,14 @@ def test_rows_looked_up_and_scored_are_an_embedding(key):
     assert kinds(layers) == {"": ["embedding"]} and not layers.fallbacks
 
 
+def test_integers_into_a_product(key):
+    """A product takes integers and floats together: the inputs of such a site are integers."""
+    numbers = jax.random.randint(key, (3, 6), -4, 5)
+    product = lambda w, x: jax.lax.dot_general(w, x, (((1,), (0,)), ((), ())), preferred_element_type=w.dtype)
+    layers = agree(product, W, numbers, key)
+    assert kinds(layers) == {"": ["dense"]} and not layers.fallbacks
+
+
 @pytest.mark.parametrize("mode", ["fill", "clip"])
 def test_lookups_outside_of_the_table(mode, key):
     tokens = jnp.array([[0, 9], [3, 3], [2, 1]])

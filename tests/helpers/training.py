@@ -10,7 +10,7 @@ from helpers.quick import quick
 
 SQUARED, SOFTMAX = cx.operators.SquaredError(), cx.operators.SoftmaxCrossEntropy()
 EMPIRICAL, EXACT = cx.optim.Factors("empirical"), cx.optim.Factors("exact")
-FIXED = cx.optim.Damping(0.05, every=None)
+FIXED = cx.optim.Damping(0.05, every=None, kl_clip=None)
 
 
 def normal(key, *shapes, dtype=jnp.float64):

@@ -539,6 +539,30 @@ def test_a_loss_that_is_not_convex_is_said(key):
         jax.block_until_ready(ops.kfac(_mlp, lambda z, y: -SOFTMAX(z, y), params, x, y).trace())
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_a_sure_prediction_is_no_lack_of_convexity(scale):
+    """Where p(1 − p) is next to nothing the Hessian of a loss that is any function is all rounding."""
+    loss = lambda z, y: scale * (jax.nn.logsumexp(z) - z[y])
+    w = jnp.eye(4, dtype=jnp.float32)
+    x = jnp.linspace(5, 30, 64, dtype=jnp.float32)[:, None] * jnp.array([1, 0.5, -1, -0.3], jnp.float32)
+    curvature = ops.kfac(lambda w, x: w @ x, loss, w, x, jnp.zeros(64, int))
+    truth = ops.kfac(lambda w, x: w @ x, SOFTMAX, w, x, jnp.zeros(64, int))
+    np.testing.assert_allclose(curvature.trace(), scale * truth.trace(), rtol=1e-2)
+
+
+def test_a_loss_for_each_output_is_refused():
+    for kind in ("exact", "empirical"):
+        with pytest.raises(ValueError, match="must return a scalar"):
+            ops.kfac(
+                lambda w, x: w @ x,
+                lambda z, y: (z - y) ** 2,
+                jnp.ones((2, 3)),
+                jnp.ones((4, 3)),
+                jnp.ones((4, 2)),
+                kind=kind,
+            )
+
+
 def test_too_many_outputs_are_refused(key):
     x, w = jnp.zeros((2, 1)), jnp.ones((3000, 1))
     for loss, y, message in (

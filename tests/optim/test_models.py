@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import curvax as cx
-from curvax.optim import Damping, Factors
-from helpers.training import EMPIRICAL, SOFTMAX, SQUARED, normal, objective, stepper
+from curvax.optim import Factors
+from helpers.quick import quick
+from helpers.training import EMPIRICAL, FIXED, SOFTMAX, SQUARED, normal, objective, stepper
 
 
 def equinox_model(key):
@@ -85,7 +86,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# A network of flax.nnx is on the page about optimisers, which runs.
+EVERY_DAY = [pytest.param(name, marks=pytest.mark.thorough if name == "nnx" else ()) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", EVERY_DAY)
 def test_trains(name, key):
     """Every adaptive feature on; a few steps on one batch bring the objective down, and nothing goes wrong."""
     model_fn, params, shape = MODELS[name](key)
@@ -141,19 +146,14 @@ def test_what_is_no_layer_is_diagonal_or_first_order(key):
         return params["experts"][jnp.argmax(x[:4])] @ hidden
 
     params = {"w": w, "experts": experts, "temperature": jnp.array(2.0)}
-    damping = Damping(0.05, every=None)
-    optimiser = cx.optim.kfac(model_fn, SQUARED, 1.0, example=x[0], damping=damping, factors=EMPIRICAL)
+    optimiser = cx.optim.kfac(model_fn, SQUARED, 1.0, example=x[0], damping=FIXED, factors=EMPIRICAL)
     step, state = stepper(optimiser, model_fn, SQUARED), optimiser.init(params)
     _, state, updates, grads = step(params, state, x, y)
     kinds = {row.block: row.factors for row in cx.optim.report(state).rows}
     assert kinds["['temperature']"] == "diagonal" and kinds["['experts']"] == "first order"
     assert not cx.optim.report(state).healthy and "first order" in str(cx.optim.report(state))
-    squares = jnp.mean(
-        jax.vmap(
-            jax.grad(lambda t, x, y: SQUARED(model_fn(params | {"temperature": t}, x), y)), (None, 0, 0)
-        )(params["temperature"], x, y)
-        ** 2
-    )
+    of_one = jax.grad(lambda t, x, y: SQUARED(model_fn(params | {"temperature": t}, x), y))
+    squares = jnp.mean(quick(jax.vmap(of_one, (None, 0, 0)))(params["temperature"], x, y) ** 2)
     np.testing.assert_allclose(updates["temperature"], -grads["temperature"] / (squares + 0.05), rtol=1e-9)
     ratio = updates["experts"] / jnp.where(grads["experts"] == 0, jnp.nan, grads["experts"])
     scale = float(jnp.nanmean(ratio))

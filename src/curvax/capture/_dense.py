@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvax.capture._inputs import AbstractInputs, DenseInputs
@@ -23,11 +24,13 @@ class Dense:
         inputs_axes: Axes of the data: of the stack, shared, contracted.
         output_axes: Axes of the result: of the stack, shared, of the rows of the weight.
         output_shape: Of the result.
+        dtype: Of the result where that is not the dtype of both operands.
     """
 
     inputs_axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     output_axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     output_shape: tuple[int, ...]
+    dtype: Any = None
 
     @property
     def roles(self) -> Roles:
@@ -38,6 +41,8 @@ class Dense:
 
     def inputs(self, x: Array, bias: bool, diagonal: bool) -> AbstractInputs:
         """Of examples along the leading axis; every leaf gets a leading axis, of the stack."""
+        if not jnp.issubdtype(x.dtype, jnp.inexact):  # a product takes integers and floats together
+            x = x.astype(self.dtype)
         return DenseInputs(grouped(x, self.inputs_axes), bias, diagonal)
 
     def cotangents(self, g: Array) -> Float[Array, "S B T out"]:
@@ -88,6 +93,7 @@ def dense(
         ),
         (stack, again + shared, rows),
         result,
+        params["preferred_element_type"],
     )
     if layout is None:
         return site, None

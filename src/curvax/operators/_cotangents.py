@@ -39,6 +39,7 @@ def cotangents(
     def directions(output: PyTree, target: PyTree, key: PRNGKeyArray | None) -> PyTree:
         floating, rest = eqx.partition(output, eqx.is_inexact_array)
         of_floats = lambda floating: loss(eqx.combine(floating, rest), target)
+        check_scalar(of_floats, floating)
         if kind == "empirical":
             return _with_rest(jax.tree.map(lambda g: g[None], jax.grad(of_floats)(floating)), rest)
         size = sum(leaf.size for leaf in jax.tree.leaves(floating))
@@ -59,6 +60,16 @@ def cotangents(
         return jax.tree.map(lambda c: c * jnp.asarray(scale, c.dtype), drawn)
 
     return directions
+
+
+def check_scalar(loss: Callable[[PyTree], Any], output: PyTree[Array]) -> None:
+    """Raise unless a loss of the outputs of one example is one number."""
+    found = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(loss, output))]
+    if found != [()]:
+        raise ValueError(
+            "`loss` must return a scalar for the output and the target of ONE example, such as "
+            f"`0.5 * jnp.sum((output - target) ** 2)`; it returned {', '.join(map(str, found)) or 'no array'}."
+        )
 
 
 def _mixed(signs: Array, root: Array) -> Array:
@@ -88,9 +99,14 @@ def _root(loss: Callable[[PyTree], Scalar], output: PyTree[Array]) -> PyTree[Flo
             f"at most {MOST_OUTPUTS} outputs. Use a loss that knows a root of it: `cx.operators.SquaredError`, "
             "`SoftmaxCrossEntropy`, `BinaryCrossEntropy`, `PoissonLoss` or your own `AbstractLoss`."
         )
-    hessian = jax.hessian(lambda flat: loss(unravel(flat, like)))(flat)
+    second = jax.hessian(lambda flat: loss(unravel(flat, like)))
+    hessian = second(flat)
     values, vectors = jnp.linalg.eigh(hessian)
-    slack = 100 * flat.size * jnp.finfo(dtype).eps * jnp.max(jnp.abs(values), initial=0)
+    # Where a loss is flat its Hessian is a difference of terms that cancel, p − p² of a sure prediction: its rounding
+    # is of the size that the curvature has elsewhere.
+    elsewhere = jnp.max(jnp.abs(second(jnp.zeros_like(flat))), initial=0)
+    scale = jnp.maximum(jnp.max(jnp.abs(values), initial=0), jnp.where(jnp.isfinite(elsewhere), elsewhere, 0))
+    slack = 100 * flat.size * jnp.finfo(dtype).eps * scale
     values = eqx.error_if(
         values,
         jnp.any(values < -slack),

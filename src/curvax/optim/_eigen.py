@@ -90,7 +90,6 @@ class EigenCurvature(AbstractCurvature):
 
     def _learned(self, state: EigenState, context: Context) -> EigenState:
         pairs, squares = estimates(context, self.options, wide(state.bases))
-        weight = mean_weight(state.seen, self.options.decay)
         factors, values, rejected = dict(state.factors), dict(state.values), dict(state.rejected)
         for info in context.infos:
             if not info.measured:
@@ -98,6 +97,7 @@ class EigenCurvature(AbstractCurvature):
             old, new = (state.factors[info.name],), (wide(pairs[info.name]),)
             if info.matrix:
                 old, new = (*old, state.values[info.name]), (*new, wide(squares[info.name]))  # type: ignore[assignment]
+            weight = mean_weight(state.seen - state.rejected[info.name], self.options.decay)
             mixed, bad = blended(old, new, weight)
             factors[info.name] = mixed[0]
             if info.matrix:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from curvax.capture import AbstractInputs, Moments, Site, statistics
 from curvax.operators._gauss_newton import num_examples
@@ -112,7 +112,7 @@ def kept_dtype(info: BlockInfo, options: Factors) -> jnp.dtype:
     return jnp.dtype(info.dtype if options.dtype is None else options.dtype)
 
 
-def blended(old: PyTree, new: PyTree, weight: Array) -> tuple[PyTree, Array]:
+def blended(old: PyTree, new: PyTree, weight: Float[Array, " stack"]) -> tuple[PyTree, Array]:
     """old + weight · (new − old) for the members of a stack of which the new is finite, and which are not."""
     leaves = jax.tree.leaves(new)
     sums = [jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
@@ -121,8 +121,8 @@ def blended(old: PyTree, new: PyTree, weight: Array) -> tuple[PyTree, Array]:
 
     def mix(old: Array, new: Array) -> Array:
         kept = new.dtype
-        mixed = old.astype(kept) + weight.astype(kept) * (new - old.astype(kept))
-        usable = good.reshape(-1, *(1,) * (new.ndim - 1))
+        share, usable = (part.reshape(-1, *(1,) * (new.ndim - 1)) for part in (weight.astype(kept), good))
+        mixed = old.astype(kept) + share * (new - old.astype(kept))
         return jnp.where(usable, mixed, old.astype(kept)).astype(old.dtype)
 
     return jax.tree.map(mix, old, new), ~good

@@ -25,14 +25,16 @@ def kbfgs(
 
     For every layer of one use, with A the running mean of x xᵀ over its inputs:
 
-    - H_A is updated along s = H_A x̄, y = (A + √(λ + η) I) s, x̄ the mean input of the batch; it starts at
-      (A + √(λ + η) I)⁻¹.
+    - H_A is updated along s = H_A x̄, y = (A + √(λ + η) I) s, x̄ the mean input of the batch. It starts at
+      (A + √(λ + η) I)⁻¹, and is computed anew where A or λ has changed so much that for a probe z
+      ‖(A + √(λ + η) I) H_A z − z‖ > ½ ‖z‖: an update reaches one direction, and all others would stay out of date.
     - H_G is updated along the change s of the mean of what the layer returns, and the change y of the mean gradient in
-      it, from before the step to after it on the SAME batch (running means of both), with double damping: s is moved
-      towards H_G y until sᵀy ≥ 0.2 yᵀH_G y, then √(λ + η) s is added to y. It starts at (sᵀy / yᵀy) I.
+      it, from before the step to after it on the SAME batch, with double damping: s is moved towards H_G y until
+      sᵀy ≥ 0.2 yᵀH_G y, then √(λ + η) s is added to y. It starts at (sᵀy / yᵀy) I.
 
-    No matrix is factorised after the first step, and nothing is drawn. All other parameters (tied weights, embeddings,
-    norm layers) have the diagonal of the empirical Fisher matrix. All else is as for [`kfac`][curvax.optim.kfac].
+    Nothing is drawn, and the factors of the gradients are never factorised. All other parameters (tied weights,
+    embeddings, norm layers) have the diagonal of the empirical Fisher matrix. All else is as for
+    [`kfac`][curvax.optim.kfac].
 
     Args:
         model_fn: `model_fn(params, x)` → outputs, for ONE example; any pytrees.
@@ -51,10 +53,11 @@ def kbfgs(
         ValueError: As `kfac`; exact damping.
 
     Cost: beside the gradient in² + out² multiplications for each layer and a few for each example, and a forward and a
-    backward pass after the step; two tangent passes without a learning rate.
+    backward pass after the step; two tangent passes without a learning rate; now and then inverses of all A.
 
     Source: D. Goldfarb, Y. Ren and A. Bahamou, "Practical quasi-Newton methods for training deep neural networks",
-    2020, arXiv 2006.08877. There H_G starts at the identity.
+    2020, arXiv 2006.08877. There H_G starts at the identity, s and y are running means over the steps (pairs that are
+    nearly parallel, where little noise has to be averaged out), λ stays, and H_A is never computed anew.
 
     Example:
         ```python

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from curvax._pytree import tree_generic_like
 from curvax.capture._second_moment import at_least_float32
@@ -208,18 +208,18 @@ class KroneckerCurvature(AbstractCurvature):
 
 def learned(state: Any, pairs: Pairs, infos: tuple[BlockInfo, ...], options: Factors) -> Any:
     """A state with factors of a batch in its running means, and count of those that were not finite."""
-    weight = mean_weight(state.seen, options.decay)
     factors, rejected = {}, {}
     for info in infos:
         if not info.measured:
             factors[info.name], rejected[info.name] = state.factors[info.name], state.rejected[info.name]
             continue
+        weight = mean_weight(state.seen - state.rejected[info.name], options.decay)
         mixed, bad = blended(state.factors[info.name], wide(pairs[info.name]), weight)
         factors[info.name], rejected[info.name] = mixed, state.rejected[info.name] + bad.astype(jnp.int32)
     return state._replace(seen=state.seen + 1, factors=factors, rejected=rejected)
 
 
-def mean_weight(seen: Int[Array, ""], decay: float) -> Scalar:
+def mean_weight(seen: Int[Array, "..."], decay: float) -> Float[Array, "..."]:
     """What the next of a running mean counts: all alike at first, then 1 − decay."""
     dtype = jnp.zeros(()).dtype
     return jnp.maximum(1 / (seen.astype(dtype) + 1), jnp.asarray(1 - decay, dtype))

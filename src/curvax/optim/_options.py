@@ -10,6 +10,9 @@ import numpy as np
 from curvax.operators._cotangents import Kind
 from curvax.operators._kfac_statistics import check_sharing
 
+# κ beside a given learning rate.
+AUTO_CLIP = 1e-2
+
 
 class Damping(eqx.Module):
     """What is added to the curvature, how that is adapted, and how long a step may be at most.
@@ -29,7 +32,10 @@ class Damping(eqx.Module):
             with π√(λ + η) and √(λ + η)/π added. Eigenvectors instead of Cholesky factors, and λ is never out of date.
         penalty: η, where the objective has ½ η ‖θ‖² in it, as the gradients that you pass then have; it is not adapted.
         kl_clip: κ: steps with δᵀFδ > κ (twice the Kullback–Leibler divergence of a likelihood, to second order) are
-            shortened to κ. With a fixed learning rate gᵀF⁻¹g stands for it.
+            shortened to κ; None for no bound. Beside a given learning rate α, α² gᵀF⁻¹g stands for it, bounded by κ
+            (1 − μ) with momentum μ, since what μ sums up is longer. `"auto"` is 0.01 there, for without a bound easy
+            problems diverge: what F knows of a batch says little about a long step; and no bound for the steps of the
+            exact quadratic model.
 
     Raises:
         ValueError: A number out of its range.
@@ -48,7 +54,7 @@ class Damping(eqx.Module):
     limits: tuple[float, float] = (1e-8, 1e4)
     exact: bool = False
     penalty: float = 0.0
-    kl_clip: float | None = None
+    kl_clip: float | Literal["auto"] | None = "auto"
 
     def __check_init__(self) -> None:
         low, high = self.limits
@@ -64,7 +70,23 @@ class Damping(eqx.Module):
         )
         _check(0 < self.factor < 1, "factor", self.factor, "between 0 and 1")
         _check(0 <= self.penalty < math.inf, "penalty", self.penalty, "at least 0")
-        _check(self.kl_clip is None or self.kl_clip > 0, "kl_clip", self.kl_clip, "None or above 0")
+        clip = self.kl_clip
+        _check(
+            clip is None or (clip == "auto" if isinstance(clip, str) else clip > 0),
+            "kl_clip",
+            clip,
+            '"auto", None or above 0',
+        )
+
+    def clip(self, given_rate: bool) -> float | None:
+        """κ, or None for no bound.
+
+        Args:
+            given_rate: Whether the learning rate is given.
+        """
+        if isinstance(self.kl_clip, str):
+            return AUTO_CLIP if given_rate else None
+        return self.kl_clip
 
 
 class Momentum(eqx.Module):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from curvax._pytree import tree_generic_like
 from curvax.capture import AbstractInputs, Moments, Site, statistics
 from curvax.operators._gauss_newton import num_examples
 from curvax.operators._kfac import of_group
@@ -18,7 +19,6 @@ from curvax.optim._kronecker import (
     AbstractCurvature,
     diagonal_solve,
     learned,
-    mean_weight,
     scale_of_curvature,
     wide,
 )
@@ -26,8 +26,9 @@ from curvax.optim._options import Factors
 
 # Least curvature along a step, relative to what H says: Powell's damping.
 LEAST_CURVATURE = 0.2
-# Of the running means of s and y, as in the source.
-PAIRS_DECAY = 0.9
+# ‖(A + √λ I) H z − z‖ / ‖z‖ for a probe z, above which H is computed anew: an update reaches one direction a step, and
+# where λ or A has changed by much, all others would stay out of date.
+DRIFT = 0.5
 
 
 class Flow(NamedTuple):
@@ -49,7 +50,6 @@ class QuasiNewtonState(NamedTuple):
         seen: Batches in the running means.
         factors: Second moments of the inputs of each layer, and the diagonal of those of the gradients; running means.
         inverses: H of the rows (gradients) and of the columns (inputs) of each layer.
-        pairs: Running means of the changes s of what a layer returns, and y of the gradients in it.
         flow: Of the batch of the step, before it.
         rejected: Batches of which the statistics were not finite, and were left out.
         fallbacks: Updates of an inverse that were not finite or had no curvature, and were left out.
@@ -58,7 +58,6 @@ class QuasiNewtonState(NamedTuple):
     seen: Int[Array, ""]
     factors: Pairs
     inverses: Pairs
-    pairs: Pairs
     flow: dict[str, Flow]
     rejected: Counts
     fallbacks: Counts
@@ -89,7 +88,6 @@ class QuasiNewtonCurvature(AbstractCurvature):
         """Identities."""
         factors = empty(infos, self.options)
         inverses: Pairs = {}
-        pairs: Pairs = {}
         flow: dict[str, Flow] = {}
         for info in infos:
             stack, rows, columns = info.shape
@@ -97,17 +95,19 @@ class QuasiNewtonCurvature(AbstractCurvature):
             if info.single:
                 eyes = [jnp.broadcast_to(jnp.eye(n, dtype=dtype), (stack, n, n)) for n in (rows, columns)]
                 inverses[info.name] = (eyes[0], eyes[1])
-                pairs[info.name] = (jnp.zeros((stack, rows), dtype), jnp.zeros((stack, rows), dtype))
                 flow[info.name] = Flow(jnp.zeros((stack, columns), dtype), jnp.zeros((stack, rows), dtype))
             if info.matrix:
                 left, right = factors[info.name]
                 factors[info.name] = (_diagonal(left), right if info.single else _diagonal(right))
         counts = lambda: {info.name: jnp.zeros(info.shape[0], jnp.int32) for info in infos}
         start = jnp.zeros((), jnp.int32)
-        return QuasiNewtonState(start, factors, inverses, pairs, flow, counts(), counts())
+        return QuasiNewtonState(start, factors, inverses, flow, counts(), counts())
 
     def observe(self, state: QuasiNewtonState, context: Context, damping: Scalar) -> QuasiNewtonState:
-        """Second moments of the inputs, and one update of their inverses along what they do to the mean input."""
+        """Second moments of the inputs, and one update of their inverses along what they do to the mean input.
+
+        Where an inverse is out of date by more than `DRIFT`, all are computed anew instead.
+        """
         moments, flow = self._measured(context, moments=True)
         pairs: Pairs = {}
         for group, info in zip(context.layers.groups, context.infos, strict=True):
@@ -115,7 +115,8 @@ class QuasiNewtonCurvature(AbstractCurvature):
             if info.matrix:
                 left, right = _diagonal(left), right if info.single else _diagonal(right)
             pairs[group.name] = (left, right)
-        first = state.seen == 0
+        good = [state.seen - state.rejected[info.name] for info in context.infos if info.single]
+        first = jnp.any(jnp.concatenate(good) == 0) if good else jnp.asarray(False)
         state = learned(state, pairs, context.infos, self.options)
         inverses, fallbacks = dict(state.inverses), dict(state.fallbacks)
         singles = [info for info in context.infos if info.single]
@@ -139,9 +140,18 @@ class QuasiNewtonCurvature(AbstractCurvature):
                 bad[name] = (~good & ~jnp.all(s == 0, axis=1)).astype(jnp.int32)
             return new, bad
 
-        columns, bad = jax.lax.cond(
-            first, start, update, {info.name: inverses[info.name][1] for info in singles}
-        )
+        def out_of_date(old: dict[str, Array]) -> Bool[Array, ""]:
+            drifts = []
+            for name, factor in factors.items():
+                probe = tree_generic_like(jax.ShapeDtypeStruct(factor.shape[:2], factor.dtype))
+                x = _product(wide(old[name]).astype(factor.dtype), probe)
+                error = _product(factor, x) + root.astype(factor.dtype) * x - probe
+                drifts.append(jnp.linalg.norm(error, axis=1) / jnp.linalg.norm(probe, axis=1))
+            # What is not finite is out of date.
+            return ~(jnp.max(jnp.concatenate(drifts)) <= DRIFT) if drifts else jnp.asarray(False)
+
+        columns = {info.name: inverses[info.name][1] for info in singles}
+        columns, bad = jax.lax.cond(first | out_of_date(columns), start, update, columns)
         for info in singles:
             fallbacks[info.name] = fallbacks[info.name] + bad[info.name]
             inverses[info.name] = (inverses[info.name][0], columns[info.name])
@@ -184,30 +194,26 @@ class QuasiNewtonCurvature(AbstractCurvature):
         there = context._replace(leaves=moved, params=context.with_leaves(moved))
         _, flow = self._measured(there, moments=False)
         weights, after = context.pack(context.leaves), context.pack(moved)
-        weight = mean_weight(state.seen - 1, PAIRS_DECAY)
-        inverses, pairs, fallbacks = dict(state.inverses), dict(state.pairs), dict(state.fallbacks)
+        inverses, fallbacks = dict(state.inverses), dict(state.fallbacks)
         for info in (info for info in context.infos if info.single):
             old = wide(state.flow[info.name])
             new = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), flow[info.name], old)
             s = _product(after[info.name], new.inputs) - _product(weights[info.name], old.inputs)
             y = new.gradients - old.gradients
-            s, y = (
-                jnp.where(jnp.isfinite(fresh), kept + weight.astype(kept.dtype) * (fresh - kept), kept)
-                for kept, fresh in zip(wide(state.pairs[info.name]), (s, y), strict=True)
-            )
+            # A change that is lost in the rounding of the means (of inputs of mean zero, say) is none.
+            spread = jnp.sqrt(jnp.trace(wide(state.factors[info.name][1]), axis1=1, axis2=2)).astype(s.dtype)
+            size = jnp.sqrt(jnp.sum(jnp.square(weights[info.name]), axis=(1, 2))).astype(s.dtype)
+            still = jnp.linalg.norm(s, axis=1) <= jnp.finfo(s.dtype).eps * size * spread
             inverse = wide(inverses[info.name][0])
             scale = jnp.sum(s * y, axis=1) / jnp.sum(y * y, axis=1)
-            usable = jnp.isfinite(scale) & (scale > 0) & (state.seen == 1)
+            untouched = jnp.all(inverse == jnp.eye(inverse.shape[-1], dtype=inverse.dtype), axis=(1, 2))
+            usable = jnp.isfinite(scale) & (scale > 0) & untouched & ~still
             inverse = jnp.where(usable[:, None, None], scale[:, None, None] * inverse, inverse)
             updated, good = bfgs(inverse, *damped(inverse, s, y, jnp.sqrt(damping).astype(s.dtype)))
-            still = jnp.all(s == 0, axis=1)
-            rows = jnp.where(good[:, None, None], updated, inverse)
+            rows = jnp.where((good & ~still)[:, None, None], updated, inverse)
             inverses[info.name] = (rows.astype(inverses[info.name][0].dtype), inverses[info.name][1])
-            pairs[info.name] = tuple(  # type: ignore[assignment]
-                part.astype(like.dtype) for part, like in zip((s, y), state.pairs[info.name], strict=True)
-            )
             fallbacks[info.name] = fallbacks[info.name] + (~good & ~still).astype(jnp.int32)
-        return state._replace(inverses=inverses, pairs=pairs, fallbacks=fallbacks)
+        return state._replace(inverses=inverses, fallbacks=fallbacks)
 
     def _measured(self, context: Context, moments: bool) -> tuple[dict[str, list[Moments]], dict[str, Flow]]:
         """Second moments of all sites, and the flow through the layers, with the gradients of the examples."""
@@ -233,6 +239,9 @@ def bfgs(
     inverse: Float[Array, "stack n n"], s: Float[Array, "stack n"], y: Float[Array, "stack n"]
 ) -> tuple[Float[Array, "stack n n"], Bool[Array, " stack"]]:
     """(I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ, ρ = 1/sᵀy, and whether that is finite and ρ positive."""
+    # The update is the same for any multiple of both; ρ² is not to overflow.
+    size = jnp.maximum(jnp.max(jnp.abs(s), axis=1), jnp.max(jnp.abs(y), axis=1))[:, None]
+    s, y = s / jnp.where(size > 0, size, 1), y / jnp.where(size > 0, size, 1)
     along = jnp.sum(s * y, axis=1)
     good = along > 0
     rho = 1 / jnp.where(good, along, 1)

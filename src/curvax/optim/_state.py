@@ -19,6 +19,7 @@ class StepInfo(NamedTuple):
         ratio: ρ of the last step that was judged: the change of the objective ÷ what the model said; NaN likewise.
         skipped: Steps that were not taken: the gradient or the direction was not finite, or the objective was not lower
             after a step that was judged.
+        nonfinite: Of these, steps at which the gradient, the direction or the loss of the batch was not finite.
     """
 
     learning_rate: Scalar
@@ -27,12 +28,13 @@ class StepInfo(NamedTuple):
     loss: Scalar
     ratio: Scalar
     skipped: Int[Array, ""]
+    nonfinite: Int[Array, ""]
 
     @classmethod
     def empty(cls, dtype: Any) -> "StepInfo":
         """Before the first step."""
         nan = lambda: jnp.full((), jnp.nan, dtype)
-        return cls(nan(), nan(), nan(), nan(), nan(), jnp.zeros((), jnp.int32))
+        return cls(nan(), nan(), nan(), nan(), nan(), *(jnp.zeros((), jnp.int32) for _ in range(2)))
 
 
 class OptimiserState(NamedTuple):

@@ -51,6 +51,7 @@ class Judgement(NamedTuple):
     loss: Scalar
     ratio: Scalar
     down: Bool[Array, ""]
+    finite: Bool[Array, ""]
 
 
 class Tail(eqx.Module):
@@ -103,6 +104,7 @@ class Tail(eqx.Module):
             judged.loss.astype(dtype),
             judged.ratio.astype(dtype),
             state.info.skipped + (~taken).astype(jnp.int32),
+            state.info.nonfinite + (~(made.good & judged.finite)).astype(jnp.int32),
         )
         return step, after, judged.damping.astype(dtype), info
 
@@ -134,10 +136,14 @@ class Tail(eqx.Module):
         rate = jnp.asarray(self.learning_rate(state.count)).astype(dtype)
         decay = jnp.asarray(0 if self.momentum is None else self.momentum.decay, dtype)
         size = -inner([direction], [source])[0, 0].astype(dtype)
-        if self.damping.kl_clip is not None:
-            rate = rate * _shortening(self.damping.kl_clip, rate**2 * size)
+        clip = self.damping.clip(given_rate=True)
+        summed = self.keeps_velocity and not self._is_before
+        if clip is not None:
+            # Between the steps that agree, whose sum is 1/(1 − μ) as long, and those that do not, 1/√(1 − μ²) as long.
+            most = clip * (1 - self.momentum.decay) if summed and self.momentum is not None else clip
+            rate = rate * _shortening(most, rate**2 * size)
         step = _scaled(rate, direction)
-        if self.keeps_velocity and not self._is_before:
+        if summed:
             step = _sum(step, _scaled(decay, velocity))
             velocity = step
         return Proposal(step, velocity, rate, decay, None, None, jnp.isfinite(size))
@@ -168,8 +174,9 @@ class Tail(eqx.Module):
             weights = -slope / matrix[0]
         # Nothing moves where the gradient is zero.
         weights = jnp.where(matrix[0, 0] > 0, weights, jnp.where(matrix[0, 0] == 0, 0, jnp.nan))
-        if self.damping.kl_clip is not None:
-            weights = weights * _shortening(self.damping.kl_clip, weights @ model.curvature @ weights)
+        clip = self.damping.clip(given_rate=False)
+        if clip is not None:
+            weights = weights * _shortening(clip, weights @ model.curvature @ weights)
         step = _scaled(weights[0], direction)
         if second:
             step = _sum(step, _scaled(weights[1], velocity))
@@ -185,7 +192,9 @@ class Tail(eqx.Module):
 
     def _judged(self, state: OptimiserState, now: Context, gradient: Matrices, made: Proposal) -> Judgement:
         """Where the step leads, in every so many of them."""
-        kept = Judgement(state.damping, state.info.loss, state.info.ratio, jnp.asarray(True))
+        kept = Judgement(
+            state.damping, state.info.loss, state.info.ratio, jnp.asarray(True), jnp.asarray(True)
+        )
         if self.damping.every is None:
             return kept
 
@@ -210,6 +219,7 @@ class Tail(eqx.Module):
                 before.astype(kept.loss.dtype),
                 ratio.astype(kept.ratio.dtype),
                 down,
+                jnp.isfinite(before),
             )
 
         due = (state.count % self.damping.every == self.damping.every - 1) | (

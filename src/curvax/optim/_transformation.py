@@ -12,6 +12,14 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from curvax._pytree import tree_dtype
 from curvax.operators._cotangents import Loss
 from curvax.optim._blocks import BlockInfo, Context, Matrices, context, example_layers
+from curvax.optim._checks import (
+    check_batch,
+    check_functions,
+    check_inputs,
+    check_key,
+    check_masks,
+    check_state,
+)
 from curvax.optim._kronecker import AbstractCurvature
 from curvax.optim._options import Damping, Momentum, as_momentum
 from curvax.optim._state import OptimiserState, StepInfo
@@ -66,7 +74,7 @@ def transformation(
         **extra: Any,
     ) -> tuple[PyTree, OptimiserState]:
         del extra
-        now = checked(model_fn, loss, params, state, inputs, targets, key, draws)
+        now = checked(model_fn, loss, example, params, state, inputs, targets, key, draws)
         gradient = now.pack(gradient_leaves(updates, now))
         total = state.damping + jnp.asarray(damping.penalty, state.damping.dtype)
         known = curvature.observe(state.curvature, now, total)
@@ -79,20 +87,18 @@ def transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_functions(model_fn: Any, loss: Any) -> None:
-    """Raise unless both can be called."""
-    for name, value, form in (("model_fn", model_fn, "(params, x)"), ("loss", loss, "(output, target)")):
-        if not callable(value):
-            raise TypeError(f"`{name}` must be a function {name}{form} of ONE example, found {value!r}.")
-    if isinstance(loss, type):
-        raise TypeError(
-            f"`loss` is the class `{loss.__name__}`; pass an instance of it, `{loss.__name__}()`."
-        )
-
-
 def infos_of(model_fn: ModelFn, params: PyTree, example: PyTree) -> tuple[BlockInfo, ...]:
     """What is known of the blocks before the first batch."""
-    layers = example_layers(model_fn, params, example)
+    check_masks(params)
+    try:
+        layers = example_layers(model_fn, params, example)
+    except Exception as error:
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(example)]
+        error.add_note(
+            f"While looking for layers: `model_fn(params, example)`, `example` of shapes {shapes}."
+        )
+        error.add_note("`example` must be ONE example of the inputs, without the axis of the batch.")
+        raise
     return tuple(BlockInfo.of(group) for group in layers.groups)
 
 
@@ -104,6 +110,7 @@ def zeros_of(infos: tuple[BlockInfo, ...]) -> Matrices:
 def checked(
     model_fn: ModelFn,
     loss: Loss,
+    example: PyTree,
     params: PyTree,
     state: OptimiserState,
     inputs: PyTree,
@@ -112,25 +119,12 @@ def checked(
     draws: bool,
 ) -> Context:
     """What a step needs, or an error that names what is missing."""
-    needed = {"params": params, "inputs": inputs, "targets": targets}
-    missing = [name for name, value in needed.items() if value is None]
-    if missing:
-        raise ValueError(
-            f"`update` of this optimiser needs {', '.join(f'`{name}`' for name in missing)}: the batch on which the "
-            "gradients were taken, and the parameters. Call `update(grads, state, params, inputs=..., targets=...)`."
-        )
-    if draws and key is None:
-        raise ValueError(
-            '`update` needs a `key`, a new one at each step, for factors of kind "monte_carlo", such as '
-            '`key=jax.random.fold_in(key, step)`; or use `factors=cx.optim.Factors("empirical")`.'
-        )
+    check_batch(params, inputs, targets)
+    check_masks(params)
+    check_inputs(inputs, example)
+    check_key(key, draws)
     now = context(model_fn, loss, params, inputs, targets, key if draws else None, state.count)
-    found, known = {info.name for info in now.infos}, set(state.curvature.rejected)
-    if found != known:
-        raise ValueError(
-            "`state` belongs to another model: the layers of `model_fn` with these `params` and `inputs` are "
-            f"{sorted(found)}, and `init` found {sorted(known)}. Call `init` again."
-        )
+    check_state(state.curvature, now.infos)
     return now
 
 

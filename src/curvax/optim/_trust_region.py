@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from curvax._pytree import tree_dtype, tree_where
 from curvax.operators._cotangents import Loss
+from curvax.optim._checks import check_functions
 from curvax.optim._kronecker import KroneckerCurvature
 from curvax.optim._options import Damping, Factors, Schedule, check_option
 from curvax.optim._quadratic import inner
@@ -17,7 +18,6 @@ from curvax.optim._state import OptimiserState, StepInfo
 from curvax.optim._tail import change_of_objective
 from curvax.optim._transformation import (
     ModelFn,
-    check_functions,
     checked,
     gradient_leaves,
     infos_of,
@@ -112,7 +112,7 @@ def kf_trust_region(
         **extra: Any,
     ) -> tuple[PyTree, OptimiserState]:
         del extra
-        now = checked(model_fn, loss, params, state, inputs, targets, key, draws)
+        now = checked(model_fn, loss, example, params, state, inputs, targets, key, draws)
         gradient = now.pack(gradient_leaves(updates, now))
         dtype = state.damping.dtype
         total = jnp.asarray(damping + penalty, dtype)
@@ -136,7 +136,16 @@ def kf_trust_region(
         following = jnp.where(jnp.isfinite(squared), following, state.damping)
         step = tree_where(taken, step, {name: jnp.zeros_like(part) for name, part in step.items()})
         skipped = state.info.skipped + (~taken).astype(jnp.int32)
-        info = StepInfo(share, jnp.zeros((), dtype), state.damping, before, ratio.astype(dtype), skipped)
+        broken = ~(jnp.isfinite(squared) & jnp.isfinite(before))
+        info = StepInfo(
+            share,
+            jnp.zeros((), dtype),
+            state.damping,
+            before,
+            ratio.astype(dtype),
+            skipped,
+            state.info.nonfinite + broken.astype(jnp.int32),
+        )
         after_state = OptimiserState(state.count + 1, known, {}, following, info)
         return like_gradients(updates, now.unpack(step)), after_state
 
