@@ -141,7 +141,9 @@ def choose(
             options = by_adjoints()
         if forward:
             options += [forward_method(num_phi, contracted, CHUNK >> i) for i in range(CHUNK.bit_length())]
-        sizes = {m: measure(step.in_mixed_mode() if m == "mixed" else step, walk, outer) for m in adjoints}
+        sizes: dict[str, Sizes] = {
+            m: measure(step.in_mixed_mode() if m == "mixed" else step, walk, outer) for m in adjoints
+        }
         sizes["forward"] = sizes[adjoints[0]]
         return _within(checkpoint, sorted(options, key=lambda m: m.gradients), sizes, num_steps)
 
