@@ -104,7 +104,7 @@ def transformer(width=32, layers=2):
 
 # For the picture: by problem and optimiser, steps and losses.
 CURVES: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
-# The problem, the batch, the steps of Adam and of all others, and rates between which the best one is.
+# The problem, the batch, the steps of Adam and of all others, and the rates of Adam.
 PROBLEMS = {
     "autoencoder": (autoencoder, 1797, 300, 60, RATES),
     "autoencoder, batches of 256": (autoencoder, 256, 800, 100, RATES),
