@@ -165,7 +165,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def claims_table(claims: list[Claim]) -> str:
-    """Claims as a Markdown table: the figure, the bound, and whether it holds."""
+    """Claims as a Markdown table: the figure, the bound, and whether it holds; nothing if there are none."""
+    if not claims:
+        return ""
     return table(
         [
             {"claim": c.text, "measured": c.value, "bound": c.bound, "holds": "yes" if c.holds else "**no**"}
