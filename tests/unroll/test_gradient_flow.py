@@ -78,6 +78,14 @@ def test_measured_error_covers_the_true_one():
         assert 0.5 <= float(hg.stats.error_estimate[i]) / error <= 2
 
 
+def test_measured_error_of_a_low_order():
+    """Of order one a third of the error is left with tolerances ten times smaller."""
+    flow = cx.GradientFlow(horizon, rtol=1e-4, atol=1e-4, solver=diffrax.HalfSolver(diffrax.Euler()))
+    hg = on_flow(flow=flow, rule=cx.Unrolled(measure_error=True))
+    error = compare.absolute_error(differentiable(hg.grad), jax.grad(exact)(differentiable(PHI)))
+    assert 0.85 <= float(hg.stats.error_estimate) / error <= 1.2
+
+
 def test_many_hyperparameters():
     """Twenty of them take two solves; a fixed horizon; float32."""
     weights = jnp.asarray(np.random.default_rng(0).standard_normal((3, 20)), jnp.float32)

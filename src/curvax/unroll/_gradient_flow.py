@@ -164,6 +164,15 @@ class Flow(eqx.Module):
         end = jax.tree.map(lambda leaf, like: leaf[0].astype(like.dtype), found.ys, start)
         return end, found.stats["num_steps"].astype(jnp.int32), _result(found.result, diffrax)
 
+    def remaining(self, tighter: float) -> float:
+        """Which part of an error is left with tolerances so much smaller.
+
+        An error of a step of tol = O(hᵖ⁺¹) at order p adds up to one of O(hᵖ) at the end.
+        """
+        diffrax, solver = _diffrax(), self.solver.solver
+        order = 5 if solver is None else solver.order(diffrax.ODETerm(lambda s, y, _: y)) or 1
+        return float(tighter ** (order / (order + 1)))
+
     def end(
         self, phi: PyTree[Array], start: PyTree[Array] | None = None
     ) -> tuple[PyTree[Array], Array, RESULTS]:

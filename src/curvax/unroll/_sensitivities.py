@@ -31,7 +31,7 @@ def by_sensitivities(task: Task, state: State, flow: Flow, *, measure_error: boo
     error = None
     if measure_error:
         _, _, tighter, _, also = _solved(task, flow, TIGHTER)
-        error = tree_norm(tree_sub(grad, tighter))
+        error = tree_norm(tree_sub(grad, tighter)) / (1 - flow.remaining(TIGHTER))
         error = jnp.where(also == RESULTS.successful, error, jnp.nan)
     field = flow.field(task.phi)
     unseen = unreached(lambda v: jax.vjp(lambda p: field(p, theta), task.phi)[1](v)[0], theta)

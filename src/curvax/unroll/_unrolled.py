@@ -80,9 +80,10 @@ class Unrolled(AbstractRule):
             state (in float16 each leaf by a scale of its own), and no gradients beside them. The path stays as it is;
             what is computed again starts from the rounded states. Not in forward mode.
         measure_error: Compute the hypergradient once more without half precision, of the steps (`cx.HalfPrecision`) and
-            of the checkpoints, or for a `cx.GradientFlow` with tolerances ten times smaller; the difference is added to
-            `error_estimate`. For trials: it takes the time and the memory of that as well (in place of rounded
-            checkpoints full ones, by the schedule "binomial").
+            of the checkpoints, or for a `cx.GradientFlow` with tolerances ten times smaller; the difference (for a flow
+            and what by the order of its solver remains of it) is added to `error_estimate`. For trials: it takes the
+            time and the memory of that as well (in place of rounded checkpoints full ones, by the schedule
+            "binomial").
 
     With `cx.GradientFlow` in place of steps the sensitivities dθ/dφ are solved for along with the flow: forward mode,
     of which `mode="auto"` and `measure_error` are the only options that apply. `hg.stats.path` is then None.
