@@ -56,13 +56,17 @@ def test_absolute_tolerance_keeps_its_unit(rng):
 def test_unit():
     for dtype in (np.float32, np.float64):
         info = np.finfo(dtype)
-        for size in (info.max, 1e30, 3.0, 1.0, 1e-30, info.tiny):
+        for size, most in ((info.max, 2**33), (1e28, 8), (3.0, 8), (1.0, 8), (1e-30, 8), (info.tiny, 8)):
             unit = tree_unit(
                 {"a": jnp.asarray([size, 0.0], dtype), "none": None, "empty": jnp.zeros((0,), dtype)}
             )
-            assert unit.dtype == dtype and 0.2 <= float(unit) * float(size) < 8
+            assert unit.dtype == dtype and 0.2 <= float(unit) * float(size) < most
             assert np.log2(float(unit)) == round(np.log2(float(unit)))
-        for nothing in (0.0, np.inf, np.nan):
+        for nothing in (0.0, np.nan):
             assert tree_unit(jnp.asarray(nothing, dtype)) == 1
+        assert 0 < tree_unit(jnp.asarray(np.inf, dtype)) < 1e-20
+        # Many entries: their sum is near one, and squares are far from vanishing.
+        many = tree_unit(jnp.full(10**6, info.max / 2, dtype)) * info.max
+        assert 1e-6 < many < 2**33
     mixed = tree_unit({"low": jnp.float32(1e-44), "high": jnp.float64(1e-200)})
     assert float(mixed) < float(np.finfo(np.float32).max)
