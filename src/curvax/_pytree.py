@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from curvax._control import one_kernel
 
-_HALF = (jnp.bfloat16, jnp.float16)
+HALF = (jnp.bfloat16, jnp.float16)
 
 
 def tree_add(x: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
@@ -229,7 +229,7 @@ def tree_cast_like(x: PyTree[Array], like: PyTree) -> PyTree[Array]:
 
 def promote_half(x: PyTree[Array]) -> PyTree[Array]:
     """bfloat16 and float16 leaves as float32, all others untouched: a master copy."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in _HALF else leaf, x)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in HALF else leaf, x)
 
 
 def stop_gradient(x: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Wrong arguments are refused by name, with the remedy."""
 
+import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
@@ -85,6 +86,40 @@ def test_preconditioner_of_another_size():
     with pytest.raises(ValueError, match=r"preconditioner.*\(60,\).*\(59,\)"):
         cx.hypergradient(
             problem, jnp.asarray(0.5), jnp.zeros(60), inner_solver=optx.BFGS(1e-8, 1e-8), rule=rule
+        )
+
+
+def test_preconditioner_for_other_vectors():
+    """Another pytree, another precision, a function of other arguments."""
+    like = lambda dtype: jax.ShapeDtypeStruct((60,), dtype)  # noqa: E731
+    identity = lambda structure: lx.FunctionLinearOperator(  # noqa: E731
+        lambda v: v, structure, lx.positive_semidefinite_tag
+    )
+    problem = cx.Bilevel(inner=quadratic, outer=quadratic)
+    for preconditioner, error, words in (
+        (identity({"w": like(jnp.float64)}), ValueError, r"pytrees like theta.*'w'"),
+        (identity(like(jnp.float32)), ValueError, r"dtypes, \['float64'\].*\['float32'\]"),
+        (lambda theta: identity(like(jnp.float64)), TypeError, r"called as preconditioner\(theta, args\)"),
+    ):
+        rule = cx.Implicit(preconditioner=preconditioner)
+        with pytest.raises(error, match=words):
+            cx.hypergradient(
+                problem, jnp.asarray(0.5), jnp.zeros(60), inner_solver=optx.BFGS(1e-8, 1e-8), rule=rule
+            )
+
+
+def test_equations_of_another_precision():
+    fn = lambda w, a, _: (w**3 - a).astype(jnp.float32)  # noqa: E731
+    problem = cx.Bilevel(inner=cx.Root(fn), outer=quadratic)
+    with pytest.raises(
+        ValueError, match=r"`inner` must return the dtypes of theta, \['float64'\].*\['float32'\]"
+    ):
+        cx.hypergradient(
+            problem,
+            jnp.asarray(0.5),
+            jnp.ones(3),
+            inner_solver=optx.Newton(1e-8, 1e-8),
+            rule=cx.Implicit(),
         )
 
 

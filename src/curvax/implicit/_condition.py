@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from curvax._contractions import with_fast_contractions
-from curvax._pytree import tree_sub
+from curvax._pytree import HALF, tree_sub
 
 
 class Linearised(NamedTuple):
@@ -188,4 +188,15 @@ def check_like(value: PyTree, theta: PyTree, name: str) -> None:
         raise ValueError(
             f"`{name}` must return a pytree shaped like theta: expected {wanted} with shapes {wanted_shapes}, "
             f"got {found} with shapes {shapes}."
+        )
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(value)]
+    # Of half precision there is a master copy, whose dtype the function meets later.
+    wanted_dtypes = [
+        dtype if theta_leaf.dtype in HALF else theta_leaf.dtype
+        for dtype, theta_leaf in zip(dtypes, jax.tree.leaves(theta), strict=True)
+    ]
+    if dtypes != wanted_dtypes:
+        raise ValueError(
+            f"`{name}` must return the dtypes of theta, {[str(d) for d in wanted_dtypes]}, got "
+            f"{[str(d) for d in dtypes]}. Cast in `{name}`, or give theta0, phi and the data one precision."
         )

@@ -1,5 +1,6 @@
 """From what the user gave as a preconditioner to the operator that serves at one θ."""
 
+import inspect
 from typing import Any
 
 import equinox as eqx
@@ -28,6 +29,7 @@ def resolve_preconditioner(
     if preconditioner is None:
         return None
     if not isinstance(preconditioner, lx.AbstractLinearOperator):
+        _check_arguments(preconditioner)
         preconditioner = preconditioner(theta, args)
         if not isinstance(preconditioner, lx.AbstractLinearOperator):
             raise TypeError(
@@ -36,6 +38,22 @@ def resolve_preconditioner(
             )
     _check(preconditioner, theta, solvers)
     return stop_gradient(preconditioner)
+
+
+def _check_arguments(fn: Any) -> None:
+    """Refuse a function that cannot take (theta, args); what has no signature passes."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            "`preconditioner` of `Implicit` is called as preconditioner(theta, args), in `hypergradient` with args = "
+            "(phi, batch); its "
+            f"signature is {signature}."
+        ) from error
 
 
 def preconditioner_at(
@@ -51,12 +69,29 @@ def preconditioner_at(
 
 
 def _check(operator: lx.AbstractLinearOperator, theta: PyTree, solvers: tuple[type, ...]) -> None:
-    wanted = [leaf.shape for leaf in jax.tree.leaves(eqx.filter(theta, eqx.is_inexact_array))]
-    found = [leaf.shape for leaf in jax.tree.leaves(operator.in_structure())]
+    theta = eqx.filter(theta, eqx.is_inexact_array)
+    wanted, found = (
+        [leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (theta, operator.in_structure())
+    )
     if wanted != found:
         raise ValueError(
             "`preconditioner` of `Implicit` must act on vectors shaped like theta, with leaves of the shapes "
             f"{wanted}; its operator takes {found}."
+        )
+    of_theta, taken = jax.tree.structure(theta), jax.tree.structure(operator.in_structure())
+    if of_theta != taken:
+        raise ValueError(
+            f"`preconditioner` of `Implicit` must act on pytrees like theta, {of_theta}; its operator takes {taken}. "
+            "Write it for the pytree, or put `jax.flatten_util.ravel_pytree` around it in a "
+            "`lx.FunctionLinearOperator`."
+        )
+    wanted, found = (
+        [str(leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (theta, operator.in_structure())
+    )
+    if wanted != found:
+        raise ValueError(
+            f"`preconditioner` of `Implicit` must act on vectors of theta's dtypes, {wanted}; its operator takes "
+            f"{found}. (Half precision is solved for in float32.)"
         )
     demanding = [solver for solver in solvers if issubclass(solver, CG | MINRES | lx.CG)]
     if not demanding or lx.is_positive_semidefinite(operator):
