@@ -52,35 +52,37 @@ class Case:
     def name(self) -> str:
         return f"{self.system.name}, {'matrix' if self.given else 'products'}"
 
-    def operator(self) -> lx.AbstractLinearOperator:
+    def program(self, solve: Callable[[lx.AbstractLinearOperator, jax.Array, jax.Array], Any]) -> Program:
+        """`solve(operator, b, tolerance)`, compiled; a matrix is an argument of it, as it would be for a user."""
         products = krylov_solvers.tagged(self.system)
-        return (
-            lx.MatrixLinearOperator(jnp.asarray(self.system.matrix), products.tags)
-            if self.given
-            else products
+        if not self.given:
+            return jax.jit(lambda b, tolerance: solve(products, b, tolerance))
+        with_matrix = jax.jit(
+            lambda matrix, b, tolerance: solve(lx.MatrixLinearOperator(matrix, products.tags), b, tolerance)
         )
+        matrix = jnp.asarray(self.system.matrix)
+        return lambda b, tolerance: with_matrix(matrix, b, tolerance)
 
 
 def with_lineax(make: Callable[[jax.Array], lx.AbstractLinearSolver]) -> Callable[[Case], Program]:
-    def build(case: Case) -> Program:
-        @jax.jit
-        def solve(b: jax.Array, tolerance: jax.Array) -> tuple[jax.Array, Any, dict[str, Any]]:
-            solution = lx.linear_solve(case.operator(), b, make(tolerance), throw=False)
-            return solution.value, solution.result == lx.RESULTS.successful, solution.stats
+    def solve(
+        operator: lx.AbstractLinearOperator, b: jax.Array, tolerance: jax.Array
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
+        solution = lx.linear_solve(operator, b, make(tolerance), throw=False)
+        return solution.value, solution.result == lx.RESULTS.successful, solution.stats
 
-        return solve
-
-    return build
+    return lambda case: case.program(solve)
 
 
 def with_jax(name: str, **options: Any) -> Callable[[Case], Program]:
     solver = getattr(jax.scipy.sparse.linalg, name)
 
-    def build(case: Case) -> Program:
-        apply = case.operator().mv
-        return jax.jit(lambda b, tolerance: (solver(apply, b, tol=tolerance, **options)[0], True, {}))
+    def solve(
+        operator: lx.AbstractLinearOperator, b: jax.Array, tolerance: jax.Array
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
+        return solver(operator.mv, b, tol=tolerance, **options)[0], True, {}
 
-    return build
+    return lambda case: case.program(solve)
 
 
 AUTO = "Auto"
