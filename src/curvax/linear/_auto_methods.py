@@ -27,7 +27,7 @@ from curvax.linear._gmres_core import gmres
 from curvax.linear._jacobi import jacobi
 from curvax.linear._minres_core import minres
 from curvax.linear._system import MatVec
-from curvax.operators._circulant import Circulant
+from curvax.operators._circulant import AbstractCirculant
 from curvax.operators._damped import Damped, damped_part, diagonal_part
 from curvax.operators._dense import ravel, structure_of, unravel
 from curvax.operators._parts import untagged
@@ -138,11 +138,11 @@ def condition_of(operator: lx.AbstractLinearOperator, inverse: lx.AbstractLinear
 def _spectral_norm(operator: lx.AbstractLinearOperator) -> Scalar:
     part = untagged(operator)
     if isinstance(part, Damped) and isinstance(
-        untagged(part.operator), Circulant | lx.DiagonalLinearOperator
+        untagged(part.operator), AbstractCirculant | lx.DiagonalLinearOperator
     ):
         part = untagged(damped_part(part.operator, part.damping))
-    if isinstance(part, Circulant):
-        return jnp.max(jnp.abs(jnp.fft.rfftn(part.column)))
+    if isinstance(part, AbstractCirculant):
+        return jnp.max(jnp.abs(part.spectrum()))
     if isinstance(part, lx.DiagonalLinearOperator):
         return jnp.max(jnp.abs(diagonal_part(part)))
     transposed, vector = operator.transpose(), tree_generic_like(operator.in_structure(), another=True)

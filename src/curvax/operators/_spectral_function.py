@@ -10,7 +10,7 @@ from jaxtyping import Scalar
 
 from curvax._pytree import tree_dtype
 from curvax.operators._block_diagonal import BlockDiagonal
-from curvax.operators._circulant import Circulant
+from curvax.operators._circulant import AbstractCirculant, Circulant
 from curvax.operators._damped import Damped, check_real, damped_part, is_square, tagged
 from curvax.operators._dense import MAX_DENSE_ELEMENTS
 from curvax.operators._kronecker import EigenKronecker, Kronecker
@@ -161,7 +161,7 @@ def _exact(name: str, operator: lx.AbstractLinearOperator, fn: Floored) -> Abstr
         part = part.eigen()
     if isinstance(part, EigenKronecker):
         return EigenKronecker(part.left, part.right, fn(part.values), _PSD)
-    if isinstance(part, Circulant) and is_symmetric(part):
+    if isinstance(part, AbstractCirculant) and is_symmetric(part):
         spectrum = fn(part.eigenvalues())
         return Circulant(jnp.fft.ifftn(spectrum).real.astype(part.column.dtype), TAGS)
     if isinstance(part, LowRankPlusDiagonal) and part.right is None and jnp.ndim(part.diagonal_part) == 0:
