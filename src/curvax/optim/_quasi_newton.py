@@ -14,15 +14,17 @@ from curvax.operators._kfac import of_group
 from curvax.operators._kfac_statistics import passes
 from curvax.optim._blocks import BlockInfo, Context, Matrices
 from curvax.optim._estimates import Counts, OptimiserMoments, Pairs, empty, kept_dtype
-from curvax.optim._inverses import EXACT, multiplied, shifted_inverses
+from curvax.optim._inverses import EXACT, mean_eigenvalue, multiplied, shifted_inverses
 from curvax.optim._kronecker import (
     AbstractCurvature,
+    counts,
     diagonal_solve,
     learned,
     scale_of_curvature,
     wide,
 )
 from curvax.optim._options import Factors
+from curvax.optim._start import full, identities
 
 # Least curvature along a step, relative to what H says: Powell's damping.
 LEAST_CURVATURE = 0.2
@@ -93,15 +95,14 @@ class QuasiNewtonCurvature(AbstractCurvature):
             stack, rows, columns = info.shape
             dtype = kept_dtype(info, self.options)
             if info.single:
-                eyes = [jnp.broadcast_to(jnp.eye(n, dtype=dtype), (stack, n, n)) for n in (rows, columns)]
-                inverses[info.name] = (eyes[0], eyes[1])
-                flow[info.name] = Flow(jnp.zeros((stack, columns), dtype), jnp.zeros((stack, rows), dtype))
+                inverses[info.name] = (identities(stack, rows, dtype), identities(stack, columns, dtype))
+                flow[info.name] = Flow(full((stack, columns), 0, dtype), full((stack, rows), 0, dtype))
             if info.matrix:
                 left, right = factors[info.name]
-                factors[info.name] = (_diagonal(left), right if info.single else _diagonal(right))
-        counts = lambda: {info.name: jnp.zeros(info.shape[0], jnp.int32) for info in infos}
-        start = jnp.zeros((), jnp.int32)
-        return QuasiNewtonState(start, factors, inverses, flow, counts(), counts())
+                diagonal = full(right.shape[:2], 0, right.dtype)
+                factors[info.name] = (full(left.shape[:2], 0, left.dtype), right if info.single else diagonal)
+        start = full((), 0, jnp.int32)
+        return QuasiNewtonState(start, factors, inverses, flow, counts(infos), counts(infos))
 
     def observe(self, state: QuasiNewtonState, context: Context, damping: Scalar) -> QuasiNewtonState:
         """Second moments of the inputs, and one update of their inverses along what they do to the mean input.
@@ -125,7 +126,9 @@ class QuasiNewtonCurvature(AbstractCurvature):
 
         def start(old: dict[str, Array]) -> tuple[dict[str, Array], Counts]:
             shifts = [jnp.broadcast_to(root.astype(f.dtype), f.shape[:1]) for f in factors.values()]
-            found = dict(zip(factors, shifted_inverses(list(factors.values()), shifts), strict=True))
+            matrices = list(factors.values())
+            inverted = shifted_inverses(matrices, shifts, list(map(mean_eigenvalue, matrices)))
+            found = dict(zip(factors, inverted, strict=True))
             bad = {name: failed.astype(jnp.int32) for name, (_, failed) in found.items()}
             return {name: inverse.astype(old[name].dtype) for name, (inverse, _) in found.items()}, bad
 

@@ -14,6 +14,7 @@ from curvax.optim._checks import check_functions
 from curvax.optim._kronecker import KroneckerCurvature
 from curvax.optim._options import Damping, Factors, Schedule, check_option
 from curvax.optim._quadratic import inner
+from curvax.optim._start import full
 from curvax.optim._state import OptimiserState, StepInfo
 from curvax.optim._tail import change_of_objective
 from curvax.optim._transformation import (
@@ -96,10 +97,8 @@ def kf_trust_region(
     def init(params: PyTree) -> OptimiserState:
         infos = infos_of(model_fn, params, example)
         dtype = tree_dtype(eqx.filter(params, eqx.is_inexact_array))
-        start = jnp.asarray(radius, dtype)
-        return OptimiserState(
-            jnp.zeros((), jnp.int32), curvature.init(infos), {}, start, StepInfo.empty(dtype)
-        )
+        start = full((), radius, dtype)
+        return OptimiserState(full((), 0, jnp.int32), curvature.init(infos), {}, start, StepInfo.empty(dtype))
 
     def update(
         updates: PyTree,
