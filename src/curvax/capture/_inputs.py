@@ -113,8 +113,11 @@ class DenseInputs(AbstractInputs):
     def mean(self, mask: Bool[Array, "B T"]) -> Float[Array, "B in"]:
         """Over positions that count."""
         dtype = accumulation_dtype(self.values)
-        total = jnp.sum(jnp.where(mask[..., None], self.values, 0), axis=1, dtype=dtype)
-        mean = total / counted(mask, dtype)[:, None]
+        kept = jnp.where(mask[..., None], self.values, 0)
+        if self.values.shape[1] == 1:
+            mean = kept[:, 0].astype(dtype)
+        else:
+            mean = jnp.sum(kept, axis=1, dtype=dtype) / counted(mask, dtype)[:, None]
         return jnp.concatenate([mean, any_position(mask, dtype)], axis=1) if self.bias else mean
 
     def project(self, basis: Float[Array, "in k"]) -> Float[Array, "B T k"]:

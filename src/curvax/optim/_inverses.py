@@ -73,10 +73,14 @@ def _batched(function: Callable[..., tuple[Array, ...]], *arguments: Sequence[Ar
     results: list = [None] * len(matrices)
     for size, dtype in dict.fromkeys((m.shape[-1], m.dtype) for m in matrices):
         same = [i for i, m in enumerate(matrices) if (m.shape[-1], m.dtype) == (size, dtype)]
-        if jax.default_backend() == "cpu" and len(same) <= FEW and all(len(matrices[i]) == 1 for i in same):
+        if jax.default_backend() == "cpu" and sum(len(matrices[i]) for i in same) <= FEW:
             # One after the other anyway, and compiled once; a loop takes copies, and is compiled apart.
             for i in same:
-                results[i] = function(*(argument[i] for argument in arguments))
+                members = range(len(matrices[i]))
+                alone = [function(*(argument[i][j : j + 1] for argument in arguments)) for j in members]
+                results[i] = (
+                    alone[0] if len(alone) == 1 else tuple(map(jnp.concatenate, zip(*alone, strict=True)))
+                )
             continue
         found = _one_by_one(function)(
             *(jnp.concatenate([argument[i] for i in same]) for argument in arguments)
