@@ -238,6 +238,35 @@ def test_a_run_of_refused_steps_is_no_health():
         assert f"{skipped} of {steps} steps" in str(report)
 
 
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_parameter_that_is_not_used_is_no_illness(name, key):
+    """It stays where it is, and the report says so."""
+    w, x, y = normal(key, (2, 3), (6, 3), (6, 2))
+    params = {"w": w, "idle": jnp.ones(4)}
+    model_fn = lambda params, x: params["w"] @ x
+    options = {} if name == "kbfgs" else {"factors": EMPIRICAL}
+    optimiser = getattr(cx.optim, name)(model_fn, SQUARED, example=x[0], **options)
+    after, state, _, _ = stepper(optimiser, model_fn, SQUARED)(params, optimiser.init(params), x, y)
+    np.testing.assert_array_equal(after["idle"], params["idle"])
+    report = cx.optim.report(state)
+    assert {row.block: row.factors for row in report.rows}["['idle']"] == "not used"
+    assert report.healthy, report
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_state_keeps_its_kinds(name, dtype, key):
+    """Shapes, dtypes and weak types of a state and of parameters: no second compilation, and `scan` takes them."""
+    params, x, y = tanh_problem(key, dtype=dtype)
+    optimiser = make(name, x, **({} if name == "kbfgs" else {"factors": EMPIRICAL}))
+    grads = jax.tree.map(jnp.ones_like, params)
+    step = lambda grads, state, params: optimiser.update(grads, state, params, inputs=x, targets=y)
+    for state in (optimiser.init(params), jax.eval_shape(optimiser.init, params)):
+        updates, after = jax.eval_shape(step, grads, state, params)
+        kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+        assert kinds(after) == kinds(state) and kinds(updates) == kinds(params)
+
+
 def test_a_given_rate_is_bounded(key):
     """By default: a rate of 1 far from the minimum, where the curvature of saturated outputs is next to nothing."""
     params, x, y = tanh_problem(key)

@@ -258,8 +258,8 @@ def diagonal_solve(
 
 
 def counts(infos: tuple[BlockInfo, ...]) -> Counts:
-    """Zero, for each member of each block."""
-    return {info.name: full((info.shape[0],), 0, jnp.int32) for info in infos}
+    """Zero, for each member of each block; of a block that the model does not use nothing is counted."""
+    return {info.name: full((info.shape[0] * info.used,), 0, jnp.int32) for info in infos}
 
 
 def wide(tree: PyTree) -> PyTree:
