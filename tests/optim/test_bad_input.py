@@ -108,3 +108,10 @@ def test_bad_input_is_named(case):
     call, message = BAD[case]
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_inputs_of_another_width_are_named():
+    """The model raises, and is not told apart from its own mistakes; a note says what came in."""
+    with pytest.raises(TypeError) as caught:
+        update(kfac(), inputs=np.ones((4, 5)), targets=Y, key=KEY)
+    assert any("`inputs`" in note and "(5,)" in note for note in caught.value.__notes__)

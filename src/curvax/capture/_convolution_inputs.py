@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from curvax.capture._inputs import AbstractInputs, accumulation_dtype, any_position, bordered
 from curvax.capture._second_moment import second_moment
 
+EXACT = jax.lax.Precision.HIGHEST
 # Patches, or shifted images, of at most so many bytes are written out at a time. On CPU what stays in the cache is
 # multiplied out twice as fast; elsewhere only memory counts.
 _MOST_BYTES = {"cpu": 2**24}
@@ -129,7 +130,7 @@ class ConvolutionInputs(AbstractInputs):
 
     def mask(self, cotangents: Float[Array, "B T out"]) -> Bool[Array, "B T"]:
         """Example by example, so that no patch need be written out."""
-        live = jnp.any(cotangents != 0, axis=(1, 2))
+        live = ~(jnp.max(jnp.abs(cotangents), axis=(1, 2), initial=0) == 0)
         return jnp.broadcast_to(live[:, None], cotangents.shape[:2])
 
     def array(self) -> Float[Array, "B T in"]:
@@ -204,8 +205,11 @@ class ConvolutionInputs(AbstractInputs):
         total = images.astype(accumulation_dtype(images))
         for axis in range(len(self.window.taps)):
             met = jnp.asarray(self.window.touched(axis), total.dtype)
-            summed = jnp.tensordot(total, met, ((axis + 1,), (1,)), precision=jax.lax.Precision.HIGHEST)
-            total = jnp.moveaxis(summed, -1, axis + 1)
+            before, after = total.shape[: axis + 1], total.shape[axis + 2 :]
+            # A product for each image, and not one for all: that reads the images as they lie.
+            rows = total.reshape(math.prod(before), total.shape[axis + 1], math.prod(after))
+            each = jnp.broadcast_to(met, (len(rows), *met.shape))
+            total = jnp.matmul(each, rows, precision=EXACT).reshape(*before, len(met), *after)
         return total
 
     def _everywhere(self) -> list[range]:

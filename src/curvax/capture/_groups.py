@@ -18,6 +18,10 @@ LARGEST_FACTOR = 8192
 LARGEST_BIAS = 1024
 
 
+# The fallback of a parameter that the model does not use.
+NOT_USED = "none: not used"
+
+
 @dataclass(frozen=True)
 class Group:
     """The sites of one block: all uses of the same entries of a parameter. Received, never made by a user; static.
@@ -294,7 +298,7 @@ def _single_group(claims: _Claims, single: _Single) -> Group:
 def _fallback(single: _Single, claims: _Claims) -> str:
     """What is done instead of a known site, and why."""
     if not single.uses:
-        return "none: not used"
+        return NOT_USED
     for use in single.uses:
         if use.kind == "none":
             return f"none: {use.reason}"

@@ -34,7 +34,8 @@ class AbstractInputs(eqx.Module):
         Masked tokens, branches not taken and empty slots of experts do not. For a convolution whole examples do or do
         not.
         """
-        return jnp.any(cotangents != 0, axis=-1)
+        # XLA on CPU reads the rows once for a maximum; for `any` it writes out what is zero.
+        return ~(jnp.max(jnp.abs(cotangents), axis=-1, initial=0) == 0)
 
     @abstractmethod
     def second_moment(self, mask: Bool[Array, "B T"]) -> Float[Array, "in in"] | Float[Array, " in"]:
@@ -112,8 +113,11 @@ class DenseInputs(AbstractInputs):
     def mean(self, mask: Bool[Array, "B T"]) -> Float[Array, "B in"]:
         """Over positions that count."""
         dtype = accumulation_dtype(self.values)
-        total = jnp.sum(jnp.where(mask[..., None], self.values, 0), axis=1, dtype=dtype)
-        mean = total / counted(mask, dtype)[:, None]
+        kept = jnp.where(mask[..., None], self.values, 0)
+        if self.values.shape[1] == 1:
+            mean = kept[:, 0].astype(dtype)
+        else:
+            mean = jnp.sum(kept, axis=1, dtype=dtype) / counted(mask, dtype)[:, None]
         return jnp.concatenate([mean, any_position(mask, dtype)], axis=1) if self.bias else mean
 
     def project(self, basis: Float[Array, "in k"]) -> Float[Array, "B T k"]:

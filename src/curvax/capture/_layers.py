@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from curvax.capture import _jaxprs
 from curvax.capture._finder import find
-from curvax.capture._groups import Group, groups
+from curvax.capture._groups import NOT_USED, Group, groups
 from curvax.capture._knowledge import Colour, Data, View
 from curvax.capture._layout import Layout
 from curvax.capture._run import Plan
@@ -190,7 +190,7 @@ def _parameters(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _check_covered(found: tuple[Group, ...]) -> None:
-    uncovered = [f"{g.name}: {g.fallback}" for g in found if g.fallback and g.fallback != "none: not used"]
+    uncovered = [f"{g.name}: {g.fallback}" for g in found if g.fallback and g.fallback != NOT_USED]
     if uncovered:
         raise ValueError(
             "`strict=True`, and not every use of every parameter is a known site. Write these in another way, or "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from curvax.capture import Group, Layers, find_layers
+from curvax.capture._groups import NOT_USED
 from curvax.capture._second_moment import at_least_float32
 from curvax.operators._base import as_arrays, split
 from curvax.operators._cotangents import Loss
@@ -28,6 +29,7 @@ class BlockInfo:
         dense: Whether the factor of the rows, and that of the columns, is a matrix; else it is a diagonal.
         matrix: Whether it is a Kronecker product; else the diagonal of a bias, a scale or a parameter used otherwise.
         measured: Whether there are statistics; else its steps are those of first order.
+        used: Whether the model uses it at all.
         single: Whether it is a Kronecker product of dense factors of ONE operation.
         dtype: Of its numbers.
     """
@@ -37,6 +39,7 @@ class BlockInfo:
     dense: tuple[bool, bool]
     matrix: bool
     measured: bool
+    used: bool
     single: bool
     dtype: Any
 
@@ -49,7 +52,16 @@ class BlockInfo:
         with jax.numpy_dtype_promotion("standard"):
             dtype = at_least_float32(jnp.result_type(*(like.dtype for like in block.structures)))
         single = all(dense) and len(group.sites) == 1 and not group.sites[0].transposed
-        return cls(group.name, block.shape, dense, matrix, bool(group.sites), single, dtype)
+        return cls(
+            group.name,
+            block.shape,
+            dense,
+            matrix,
+            bool(group.sites),
+            group.fallback != NOT_USED,
+            single,
+            dtype,
+        )
 
 
 class Context(NamedTuple):
@@ -132,7 +144,15 @@ def context(
     check_examples(inputs, targets)
     params = eqx.combine(dynamic, rest)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
-    layers = find_layers(model_fn, params, example)
+    try:
+        layers = find_layers(model_fn, params, example)
+    except Exception as error:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(example)]
+        error.add_note(
+            f"While looking for layers: `model_fn(params, x)`, x one example of `inputs`, of shapes {shapes}. `inputs` "
+            "must hold, along their leading axis, examples like `example`."
+        )
+        raise
     return Context(layers, model_fn, loss, params, jax.tree.leaves(dynamic), inputs, targets, key, count)
 
 

@@ -8,10 +8,11 @@ from jaxtyping import Array, Bool, Int, Scalar
 
 from curvax.optim._blocks import BlockInfo, Context, Matrices
 from curvax.optim._estimates import Counts, Pairs, blended, empty, estimates
-from curvax.optim._inverses import eigenvectors, multiplied
+from curvax.optim._inverses import eigenvectors, mean_eigenvalue, multiplied
 from curvax.optim._kronecker import (
     AbstractCurvature,
     Item,
+    counts,
     diagonal_solve,
     every,
     identity,
@@ -20,6 +21,7 @@ from curvax.optim._kronecker import (
     wide,
 )
 from curvax.optim._options import Damping, Factors, Schedule
+from curvax.optim._start import full
 from curvax.optim._turns import WARM_UP, Turns
 
 
@@ -59,10 +61,10 @@ class EigenCurvature(AbstractCurvature):
             if info.matrix
         }
         values = {
-            info.name: jnp.ones(info.shape, factors[info.name][0].dtype) for info in infos if info.matrix
+            info.name: full(info.shape, 1, factors[info.name][0].dtype) for info in infos if info.matrix
         }
-        zeros = lambda: {info.name: jnp.zeros(info.shape[0], jnp.int32) for info in infos}
-        return EigenState(jnp.zeros((), jnp.int32), factors, bases, values, zeros(), zeros())  # type: ignore[arg-type]
+        start = full((), 0, jnp.int32)
+        return EigenState(start, factors, bases, values, counts(infos), counts(infos))  # type: ignore[arg-type]
 
     def observe(self, state: EigenState, context: Context, damping: Scalar) -> EigenState:
         """Statistics, running means, and a share of the eigenvectors."""
@@ -117,35 +119,45 @@ class EigenCurvature(AbstractCurvature):
         turns = Turns.of(costs, self.schedule, self.damping)
         starting = context.count < WARM_UP
 
-        def work(share: tuple[int, ...]) -> Any:
-            chosen = [infos[i] for i in share]
-            return lambda kept: self._decomposed(state, kept, chosen, starting)
+        chosen = [[infos[i] for i in share] for share in turns.shares]
 
-        drifts = None
-        if self.schedule.drift is not None and turns.shares:
-            drifts = jnp.stack([self._drift(state, [infos[i] for i in share]) for share in turns.shares])
-        choice = turns.choice(context.count, drifts, self.schedule.drift)
-        branches = [lambda kept: kept, work(tuple(range(len(infos)))), *map(work, turns.shares)]
-        bases, values, fallbacks = jax.lax.switch(
-            choice, branches, (state.bases, state.values, state.fallbacks)
-        )
+        def work(share: tuple[int, ...], kept: Any) -> Any:
+            return self._decomposed(state, kept, [infos[i] for i in share], starting)
+
+        # Beside bases and values, how many of the former there were not: only of those that are made.
+        before = [
+            {
+                info.name: (
+                    state.bases[info.name],
+                    state.values[info.name],
+                    jnp.zeros_like(state.fallbacks[info.name]),
+                )
+                for info in share
+            }
+            for share in chosen
+        ]
+        drift = lambda share: self._drift(state, [infos[i] for i in share])
+        bases, values, fallbacks = dict(state.bases), dict(state.values), dict(state.fallbacks)
+        for share in turns.run(context.count, drift, work, before):
+            for name, (basis, value, bad) in share.items():
+                bases[name], values[name], fallbacks[name] = basis, value, fallbacks[name] + bad
         return state._replace(bases=bases, values=values, fallbacks=fallbacks)
 
     def _decomposed(
-        self, state: EigenState, kept: Any, infos: list[BlockInfo], starting: Bool[Array, ""]
-    ) -> Any:
-        """New eigenvectors of some blocks, and what is known along them."""
-        bases, values, fallbacks = map(dict, kept)
+        self, state: EigenState, kept: dict[str, Any], infos: list[BlockInfo], starting: Bool[Array, ""]
+    ) -> dict[str, Any]:
+        """New eigenvectors of some blocks, what is known along them, and how many of the former there were not."""
+        results = {}
         items = [Item(info.name, side) for info in infos for side in (0, 1) if info.dense[side]]
-        found = dict(
-            zip(items, eigenvectors([wide(state.factors[i.name])[i.side] for i in items]), strict=True)
-        )
+        factors = [wide(state.factors[item.name][item.side]) for item in items]
+        found = dict(zip(items, eigenvectors(factors, list(map(mean_eigenvalue, factors))), strict=True))
         for info in infos:
+            bases, values, missing = kept[info.name]
             sides: list[Array | None] = []
             eigenvalues = []
-            turned = wide(values[info.name])
+            turned = wide(values)
             for side in (0, 1):
-                factor, old = wide(state.factors[info.name])[side], wide(bases[info.name][side])
+                factor, old = wide(state.factors[info.name])[side], wide(bases[side])
                 if not info.dense[side]:
                     sides.append(None)
                     eigenvalues.append(factor)
@@ -154,13 +166,13 @@ class EigenCurvature(AbstractCurvature):
                 # What is known along the old vectors, as if nothing were correlated along them.
                 shares = jnp.square(jnp.einsum("sij,sik->sjk", vectors, old))
                 turned = multiplied(shares, turned, None) if side == 0 else multiplied(None, turned, shares)
-                fallbacks[info.name] = fallbacks[info.name] + bad.astype(jnp.int32)
-                sides.append(vectors.astype(bases[info.name][side].dtype))
+                missing = missing + bad.astype(jnp.int32)
+                sides.append(vectors.astype(bases[side].dtype))
                 eigenvalues.append(along)
             product = eigenvalues[0][:, :, None] * eigenvalues[1][:, None, :]
-            bases[info.name] = tuple(sides)
-            values[info.name] = jnp.where(starting, product, turned).astype(values[info.name].dtype)
-        return bases, values, fallbacks
+            following = jnp.where(starting, product, turned).astype(values.dtype)
+            results[info.name] = (tuple(sides), following, missing)
+        return results
 
     def _drift(self, state: EigenState, infos: list[BlockInfo]) -> Scalar:
         """How far from diagonal the factors are in their bases: ‖off-diagonal‖ / ‖diagonal‖ of Uᵀ F U, the largest."""

@@ -14,6 +14,7 @@ from curvax.operators._kfac import of_group
 from curvax.operators._kfac_statistics import FactorMoments, Squares, passes
 from curvax.optim._blocks import BlockInfo, Context, Matrices, part_of
 from curvax.optim._options import Factors
+from curvax.optim._start import full
 
 Pairs = dict[str, tuple[Array, Array]]
 Counts = dict[str, Int[Array, " stack"]]
@@ -103,7 +104,7 @@ def empty(infos: tuple[BlockInfo, ...], options: Factors) -> Pairs:
         if not info.measured:
             left, right = (stack, 0), (stack, 0)
         dtype = kept_dtype(info, options)
-        found[info.name] = (jnp.zeros(left, dtype), jnp.zeros(right, dtype))
+        found[info.name] = (full(left, 0, dtype), full(right, 0, dtype))
     return found
 
 

@@ -6,61 +6,82 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from curvax.capture import second_moment
-
 EXACT = jax.lax.Precision.HIGHEST
+# Sums of up to so many numbers are one kernel of XLA.
+TINY = 32
+# So many factors of a size are factorised one by one.
+FEW = 4
 
 
 def shifted_inverses(
-    matrices: Sequence[Float[Array, "stack n n"]], shifts: Sequence[Float[Array, " stack"]]
+    matrices: Sequence[Float[Array, "stack n n"]],
+    shifts: Sequence[Float[Array, " stack"]],
+    means: Sequence[Float[Array, " stack"]],
 ) -> list[tuple[Float[Array, "stack n n"], Bool[Array, " stack"]]]:
-    """(F + shift I)⁻¹ by Cholesky factors; where there is none, I / (tr F/n + shift), and True.
+    """(F + shift I)⁻¹ by Cholesky factors; where there is none, I / (mean + shift), and True.
 
     Args:
         matrices: Symmetric, finite.
         shifts: One for each.
+        means: Their mean eigenvalues.
     """
 
-    def inverses(stacked: Float[Array, "stack n n"], shift: Float[Array, " stack"]) -> tuple[Array, Array]:
+    def inverses(
+        stacked: Float[Array, "stack n n"], shift: Float[Array, " stack"], mean: Float[Array, " stack"]
+    ) -> tuple[Array, Array]:
         eye = jnp.eye(stacked.shape[-1], dtype=stacked.dtype)
-        lower = jax.lax.linalg.cholesky(stacked + shift[:, None, None] * eye, symmetrize_input=False)
+        shifted = stacked + shift[:, None, None] * eye
+        # LAPACK wants columns: of a symmetric matrix its transpose costs nothing.
+        lower = jax.lax.linalg.cholesky(shifted.swapaxes(1, 2), symmetrize_input=False)
         inverted = jax.lax.linalg.triangular_solve(
             lower, jnp.broadcast_to(eye, stacked.shape), left_side=True, lower=True
-        )
-        found = jax.vmap(second_moment)(inverted)
+        ).swapaxes(1, 2)
+        found = jnp.einsum("sij,skj->sik", inverted, inverted, precision=EXACT)
         bad = ~jnp.isfinite(jnp.sum(found, axis=(1, 2)))
-        rough = jnp.trace(stacked, axis1=1, axis2=2) / stacked.shape[-1] + shift
-        return jnp.where(bad[:, None, None], eye / rough[:, None, None], found), bad
+        rough = eye / (mean + shift)[:, None, None]
+        return jnp.where(bad[:, None, None], rough, found), bad
 
-    return _batched(inverses, matrices, shifts)
+    return _batched(inverses, matrices, shifts, means)
 
 
 def eigenvectors(
-    matrices: Sequence[Float[Array, "stack n n"]],
+    matrices: Sequence[Float[Array, "stack n n"]], means: Sequence[Float[Array, " stack"]]
 ) -> list[tuple[Float[Array, "stack n n"], Float[Array, "stack n"], Bool[Array, " stack"]]]:
     """U and s ≥ 0 with F = U diag(s) Uᵀ; where there are none U = I, s the mean of the diagonal, and True.
 
     Args:
         matrices: Symmetric, finite.
+        means: Their mean eigenvalues.
     """
 
-    def decomposed(stacked: Float[Array, "stack n n"]) -> tuple[Array, Array, Array]:
+    def decomposed(
+        stacked: Float[Array, "stack n n"], mean: Float[Array, " stack"]
+    ) -> tuple[Array, Array, Array]:
         eye = jnp.eye(stacked.shape[-1], dtype=stacked.dtype)
-        vectors, values = jax.lax.linalg.eigh(stacked, symmetrize_input=False)
-        bad = ~jnp.isfinite(jnp.sum(vectors, axis=(1, 2)) + jnp.sum(values, axis=1))
-        mean = jnp.trace(stacked, axis1=1, axis2=2) / stacked.shape[-1]
+        vectors, values = jax.lax.linalg.eigh(stacked.swapaxes(1, 2), symmetrize_input=False)
+        # A decomposition that fails is NaN all over.
+        bad = ~jnp.isfinite(values[:, -1])
         vectors = jnp.where(bad[:, None, None], eye, vectors)
         return vectors, jnp.where(bad[:, None], mean[:, None], jnp.maximum(values, 0)), bad
 
-    return _batched(decomposed, matrices)
+    return _batched(decomposed, matrices, means)
 
 
 def _batched(function: Callable[..., tuple[Array, ...]], *arguments: Sequence[Array]) -> list:
-    """The function of stacks, called once for all of equal size."""
+    """The function of stacks, called once for all of equal size; on CPU for each of a few."""
     matrices = arguments[0]
     results: list = [None] * len(matrices)
     for size, dtype in dict.fromkeys((m.shape[-1], m.dtype) for m in matrices):
         same = [i for i, m in enumerate(matrices) if (m.shape[-1], m.dtype) == (size, dtype)]
+        if jax.default_backend() == "cpu" and sum(len(matrices[i]) for i in same) <= FEW:
+            # One after the other anyway, and compiled once; a loop takes copies, and is compiled apart.
+            for i in same:
+                members = range(len(matrices[i]))
+                alone = [function(*(argument[i][j : j + 1] for argument in arguments)) for j in members]
+                results[i] = (
+                    alone[0] if len(alone) == 1 else tuple(map(jnp.concatenate, zip(*alone, strict=True)))
+                )
+            continue
         found = _one_by_one(function)(
             *(jnp.concatenate([argument[i] for i in same]) for argument in arguments)
         )
@@ -120,7 +141,11 @@ def shifts_of(
 
 
 def mean_eigenvalue(factor: Array) -> Float[Array, " stack"]:
-    """The mean of the diagonal."""
+    """The mean of the diagonal. Every entry is read, and must be finite."""
     if factor.ndim == 2:
         return jnp.mean(factor, axis=1)
-    return jnp.trace(factor, axis1=1, axis2=2) / factor.shape[-1]
+    size = factor.shape[-1]
+    if size <= TINY:
+        return jnp.mean(jnp.diagonal(factor, axis1=1, axis2=2), axis=1)
+    # A product with I/n, which all factors of a size share: XLA on CPU compiles nothing for it.
+    return jnp.einsum("sij,ij->s", factor, jnp.eye(size, dtype=factor.dtype) / size, precision=EXACT)

@@ -21,6 +21,7 @@ from curvax.optim._inverses import (
     shifts_of,
 )
 from curvax.optim._options import Damping, Factors, Schedule
+from curvax.optim._start import full, identities
 from curvax.optim._turns import Turns
 
 
@@ -91,8 +92,7 @@ class KroneckerCurvature(AbstractCurvature):
             )
             for info in infos
         }
-        zeros = lambda: {info.name: jnp.zeros(info.shape[0], jnp.int32) for info in infos}
-        return KroneckerState(jnp.zeros((), jnp.int32), factors, inverses, zeros(), zeros())  # type: ignore[arg-type]
+        return KroneckerState(full((), 0, jnp.int32), factors, inverses, counts(infos), counts(infos))  # type: ignore[arg-type]
 
     def observe(self, state: KroneckerState, context: Context, damping: Scalar) -> KroneckerState:
         """Statistics, running means, and a share of the inverses."""
@@ -135,37 +135,40 @@ class KroneckerCurvature(AbstractCurvature):
             info.name: shifts_of(*_pair(state.factors, info.name), damping) for info in infos if info.matrix
         }
 
-        def work(share: tuple[int, ...]) -> Any:
-            chosen = [items[i] for i in share]
-            return lambda kept: self._factorised(state.factors, kept[0], kept[1], chosen, shifts)
+        means = [mean_eigenvalue(wide(state.factors[item.name][item.side])) for item in items]
+        chosen = [[items[i] for i in share] for share in turns.shares]
 
-        drifts = None
-        if self.schedule.drift is not None and turns.shares:
-            drifts = self._drifts(state, [[items[i] for i in share] for share in turns.shares], shifts)
-        choice = turns.choice(context.count, drifts, self.schedule.drift)
-        everything = tuple(range(len(items)))
-        branches = [lambda kept: kept, work(everything), *map(work, turns.shares)]
-        kept = jax.lax.switch(choice, branches, (state.inverses, state.fallbacks))
-        state = state._replace(inverses=kept[0], fallbacks=kept[1])
-        return self._with_diagonals(state, infos, shifts)
+        def work(share: tuple[int, ...], kept: list[Any]) -> list[Any]:
+            found = self._factorised(
+                state.factors, [items[i] for i in share], shifts, [means[i] for i in share]
+            )
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), found, kept)
 
-    def _factorised(
-        self, factors: Pairs, inverses: Pairs, fallbacks: Counts, items: list[Item], shifts: Pairs
-    ) -> tuple[Pairs, Counts]:
-        """New inverses of some factors."""
-        matrices = [wide(factors[item.name])[item.side] for item in items]
-        inverses, fallbacks = dict(inverses), dict(fallbacks)
-        found: list[Any]
+        # Beside an inverse, whether there was none: only of those that are made.
+        before = [
+            [
+                (state.inverses[item.name][item.side], jnp.zeros_like(state.fallbacks[item.name]))
+                for item in share
+            ]
+            for share in chosen
+        ]
+        drift = lambda share: self._drift(state, [items[i] for i in share], shifts)
+        after = turns.run(context.count, drift, work, before)
+        inverses: dict[str, Any] = {name: list(pair) for name, pair in state.inverses.items()}
+        fallbacks = dict(state.fallbacks)
+        for share, found in zip(chosen, after, strict=True):
+            for item, (inverse, bad) in zip(share, found, strict=True):
+                inverses[item.name][item.side] = inverse
+                fallbacks[item.name] = fallbacks[item.name] + bad
+        inverses = {name: tuple(pair) for name, pair in inverses.items()}
+        return self._with_diagonals(state._replace(inverses=inverses, fallbacks=fallbacks), infos, shifts)
+
+    def _factorised(self, factors: Pairs, items: list[Item], shifts: Pairs, means: list[Array]) -> list[Any]:
+        """New inverses of some factors, and which there were not."""
+        matrices = [wide(factors[item.name][item.side]) for item in items]
         if self.damping.exact:
-            found = [((u, s), bad) for u, s, bad in eigenvectors(matrices)]
-        else:
-            found = list(shifted_inverses(matrices, [shifts[item.name][item.side] for item in items]))
-        for item, (inverse, bad) in zip(items, found, strict=True):
-            pair = list(inverses[item.name])
-            pair[item.side] = jax.tree.map(lambda new, old: new.astype(old.dtype), inverse, pair[item.side])
-            inverses[item.name] = tuple(pair)  # type: ignore[assignment]
-            fallbacks[item.name] = fallbacks[item.name] + bad.astype(jnp.int32)
-        return inverses, fallbacks
+            return [((u, s), bad) for u, s, bad in eigenvectors(matrices, means)]
+        return list(shifted_inverses(matrices, [shifts[item.name][item.side] for item in items], means))
 
     def _with_diagonals(
         self, state: KroneckerState, infos: tuple[BlockInfo, ...], shifts: Pairs
@@ -184,26 +187,23 @@ class KroneckerCurvature(AbstractCurvature):
                 inverses[info.name] = tuple(pair)  # type: ignore[assignment]
         return state._replace(inverses=inverses)
 
-    def _drifts(self, state: KroneckerState, shares: list[list[Item]], shifts: Pairs) -> Array:
-        """How far the inverses of each share are out of date: the largest relative residual of a probe."""
-        found = []
-        for share in shares:
-            residuals = []
-            for item in share:
-                factor = wide(state.factors[item.name])[item.side]
-                inverse = wide(state.inverses[item.name][item.side])
-                probe = tree_generic_like(jax.ShapeDtypeStruct(factor.shape[:2], factor.dtype))
-                if self.damping.exact:
-                    truth = _product(factor, probe)
-                    u, s = inverse
-                    model = _product(u, s * _product(u.swapaxes(1, 2), probe))
-                else:
-                    truth, x = probe, _product(inverse, probe)
-                    model = _product(factor, x) + shifts[item.name][item.side][:, None] * x
-                error = jnp.linalg.norm(model - truth, axis=1) / jnp.linalg.norm(truth, axis=1)
-                residuals.append(jnp.max(jnp.where(jnp.isfinite(error), error, jnp.inf)))
-            found.append(jnp.max(jnp.stack(residuals)))
-        return jnp.stack(found)
+    def _drift(self, state: KroneckerState, items: list[Item], shifts: Pairs) -> Scalar:
+        """How far the inverses of a share are out of date: the largest relative residual of a probe."""
+        residuals = []
+        for item in items:
+            factor = wide(state.factors[item.name][item.side])
+            inverse = wide(state.inverses[item.name][item.side])
+            probe = tree_generic_like(jax.ShapeDtypeStruct(factor.shape[:2], factor.dtype))
+            if self.damping.exact:
+                truth = _product(factor, probe)
+                u, s = inverse
+                model = _product(u, s * _product(u.swapaxes(1, 2), probe))
+            else:
+                truth, x = probe, _product(inverse, probe)
+                model = _product(factor, x) + shifts[item.name][item.side][:, None] * x
+            error = jnp.linalg.norm(model - truth, axis=1) / jnp.linalg.norm(truth, axis=1)
+            residuals.append(jnp.max(jnp.where(jnp.isfinite(error), error, jnp.inf)))
+        return jnp.max(jnp.stack(residuals))
 
 
 def learned(state: Any, pairs: Pairs, infos: tuple[BlockInfo, ...], options: Factors) -> Any:
@@ -257,6 +257,11 @@ def diagonal_solve(
     return vector / (values[:, :, None] + damping)
 
 
+def counts(infos: tuple[BlockInfo, ...]) -> Counts:
+    """Zero, for each member of each block; of a block that the model does not use nothing is counted."""
+    return {info.name: full((info.shape[0] * info.used,), 0, jnp.int32) for info in infos}
+
+
 def wide(tree: PyTree) -> PyTree:
     """Arrays in at least float32."""
     return jax.tree.map(lambda leaf: leaf.astype(at_least_float32(leaf.dtype)), tree)
@@ -269,10 +274,10 @@ def _pair(factors: Pairs, name: str) -> tuple[Array, Array]:
 def identity(factor: Array, exact: bool) -> Any:
     """The inverse of a factor before anything is known of it; exact: eigenvectors and eigenvalues."""
     stack, size = factor.shape[:2]
-    ones = jnp.ones((stack, size), factor.dtype)
+    ones = full((stack, size), 1, factor.dtype)
     if factor.ndim == 2:
         return (None, ones) if exact else ones
-    eye = jnp.broadcast_to(jnp.eye(size, dtype=factor.dtype), factor.shape)
+    eye = identities(stack, size, factor.dtype)
     return (eye, ones) if exact else eye
 
 

@@ -11,6 +11,8 @@ from curvax._pytree import tree_dtype
 from curvax.optim._blocks import Context, Matrices
 
 EXACT = jax.lax.Precision.HIGHEST
+# Sums over up to so many entries are taken together: XLA on CPU compiles several kernels for each, and none for larger.
+SMALL = 2**14
 
 
 class Quadratic(NamedTuple):
@@ -53,20 +55,22 @@ def quadratic(context: Context, directions: Sequence[Matrices]) -> Quadratic:
     return Quadratic(context.mean_loss(outputs, rest).astype(dtype), 0.5 * (matrix + matrix.T))
 
 
-def gram(directions: Sequence[Matrices]) -> Float[Array, "k k"]:
-    """Their inner products."""
-    return inner(directions, directions)
-
-
 def inner(first: Sequence[Matrices], second: Sequence[Matrices]) -> Float[Array, "k l"]:
     """uᵢᵀ vⱼ."""
     dtype = tree_dtype(first)
+    small = [name for name, matrix in first[0].items() if matrix.size <= SMALL]
+
+    def rows(vectors: Sequence[Matrices]) -> Float[Array, "k n"]:
+        flat = lambda vector: jnp.concatenate([vector[name].astype(dtype).ravel() for name in small])
+        return jnp.stack([flat(vector) for vector in vectors])
 
     def one(u: Matrices, v: Matrices) -> Scalar:
-        terms = [jnp.sum(u[name].astype(dtype) * v[name].astype(dtype)) for name in u]
+        large = (name for name in u if name not in small)
+        terms = [jnp.sum(u[name].astype(dtype) * v[name].astype(dtype)) for name in large]
         return sum(terms, start=jnp.zeros((), dtype))
 
-    return jnp.stack([jnp.stack([one(u, v) for v in second]) for u in first])
+    total = jnp.stack([jnp.stack([one(u, v) for v in second]) for u in first])
+    return total + jnp.matmul(rows(first), rows(second).T, precision=EXACT) if small else total
 
 
 def minimiser(matrix: Float[Array, "2 2"], slope: Float[Array, " 2"]) -> Float[Array, " 2"]:

@@ -1,10 +1,13 @@
 """The curvature of K-BFGS: one BFGS update a step for the inverse of each factor of each layer."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from curvax._pytree import tree_generic_like
@@ -14,15 +17,17 @@ from curvax.operators._kfac import of_group
 from curvax.operators._kfac_statistics import passes
 from curvax.optim._blocks import BlockInfo, Context, Matrices
 from curvax.optim._estimates import Counts, OptimiserMoments, Pairs, empty, kept_dtype
-from curvax.optim._inverses import EXACT, multiplied, shifted_inverses
+from curvax.optim._inverses import EXACT, mean_eigenvalue, multiplied, shifted_inverses
 from curvax.optim._kronecker import (
     AbstractCurvature,
+    counts,
     diagonal_solve,
     learned,
     scale_of_curvature,
     wide,
 )
 from curvax.optim._options import Factors
+from curvax.optim._start import full, identities
 
 # Least curvature along a step, relative to what H says: Powell's damping.
 LEAST_CURVATURE = 0.2
@@ -63,16 +68,59 @@ class QuasiNewtonState(NamedTuple):
     fallbacks: Counts
 
 
+class Alike(NamedTuple):
+    """Blocks whose factors are of one size: the same is done with all, once with their stacks as one.
+
+    Attributes:
+        names: Of the blocks.
+        stacks: How many factors each has.
+    """
+
+    names: tuple[str, ...]
+    stacks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, infos: list[BlockInfo]) -> "Alike":
+        """Of these blocks."""
+        return cls(tuple(info.name for info in infos), tuple(info.shape[0] for info in infos))
+
+    def together(self, value: Callable[[str], Array]) -> Array:
+        """A value of each block, by its name, along one axis."""
+        values = [value(name) for name in self.names]
+        return values[0] if len(values) == 1 else jnp.concatenate(values)
+
+    def apart(self, values: Array) -> list[Array]:
+        """The inverse of `together`."""
+        return [values] if len(self.stacks) == 1 else jnp.split(values, np.cumsum(self.stacks)[:-1].tolist())
+
+
+def equal(infos: list[BlockInfo], axis: int) -> list[list[BlockInfo]]:
+    """Blocks that are equally large along an axis, and of the same dtype, together."""
+    kinds = dict.fromkeys((info.shape[axis], info.dtype) for info in infos)
+    return [[info for info in infos if (info.shape[axis], info.dtype) == kind] for kind in kinds]
+
+
 class _Measured(eqx.Module):
-    """Sums over the examples of inputs and of cotangents; with moments, their second moments too."""
+    """Sums over the examples of inputs and of cotangents; with moments, their second moments too.
+
+    Attributes:
+        moments: Whether.
+        singles: Keys of the sites of which the diagonal of those of the cotangents is enough.
+    """
 
     moments: bool = eqx.field(static=True)
+    singles: frozenset[str] = eqx.field(static=True)
 
     def __call__(
         self, site: Site, inputs: AbstractInputs, cotangents: Array, aux: PyTree
     ) -> tuple[Moments | None, Flow | None]:
         """Of one member of the stack."""
-        found = OptimiserMoments("expand")(site, inputs, cotangents, aux) if self.moments else None
+        found = None
+        if self.moments:
+            wanted = (
+                dataclasses.replace(site, cotangent_factor="diagonal") if site.key in self.singles else site
+            )
+            found = OptimiserMoments("expand")(wanted, inputs, cotangents, aux)
         if site.geometry is None or "diagonal" in (site.input_factor, site.cotangent_factor):
             return found, None
         means = inputs.mean(inputs.mask(cotangents)).astype(cotangents.dtype)
@@ -93,15 +141,14 @@ class QuasiNewtonCurvature(AbstractCurvature):
             stack, rows, columns = info.shape
             dtype = kept_dtype(info, self.options)
             if info.single:
-                eyes = [jnp.broadcast_to(jnp.eye(n, dtype=dtype), (stack, n, n)) for n in (rows, columns)]
-                inverses[info.name] = (eyes[0], eyes[1])
-                flow[info.name] = Flow(jnp.zeros((stack, columns), dtype), jnp.zeros((stack, rows), dtype))
+                inverses[info.name] = (identities(stack, rows, dtype), identities(stack, columns, dtype))
+                flow[info.name] = Flow(full((stack, columns), 0, dtype), full((stack, rows), 0, dtype))
             if info.matrix:
                 left, right = factors[info.name]
-                factors[info.name] = (_diagonal(left), right if info.single else _diagonal(right))
-        counts = lambda: {info.name: jnp.zeros(info.shape[0], jnp.int32) for info in infos}
-        start = jnp.zeros((), jnp.int32)
-        return QuasiNewtonState(start, factors, inverses, flow, counts(), counts())
+                diagonal = full(right.shape[:2], 0, right.dtype)
+                factors[info.name] = (full(left.shape[:2], 0, left.dtype), right if info.single else diagonal)
+        start = full((), 0, jnp.int32)
+        return QuasiNewtonState(start, factors, inverses, flow, counts(infos), counts(infos))
 
     def observe(self, state: QuasiNewtonState, context: Context, damping: Scalar) -> QuasiNewtonState:
         """Second moments of the inputs, and one update of their inverses along what they do to the mean input.
@@ -120,41 +167,43 @@ class QuasiNewtonCurvature(AbstractCurvature):
         state = learned(state, pairs, context.infos, self.options)
         inverses, fallbacks = dict(state.inverses), dict(state.fallbacks)
         singles = [info for info in context.infos if info.single]
-        factors = {info.name: wide(state.factors[info.name][1]) for info in singles}
+        alike = [Alike.of(found) for found in equal(singles, 2)]
+        factors = [some.together(lambda name: wide(state.factors[name][1])) for some in alike]
         root = jnp.sqrt(damping)
 
-        def start(old: dict[str, Array]) -> tuple[dict[str, Array], Counts]:
-            shifts = [jnp.broadcast_to(root.astype(f.dtype), f.shape[:1]) for f in factors.values()]
-            found = dict(zip(factors, shifted_inverses(list(factors.values()), shifts), strict=True))
-            bad = {name: failed.astype(jnp.int32) for name, (_, failed) in found.items()}
-            return {name: inverse.astype(old[name].dtype) for name, (inverse, _) in found.items()}, bad
+        def start(old: list[Array]) -> tuple[list[Array], list[Array]]:
+            shifts = [jnp.broadcast_to(root.astype(f.dtype), f.shape[:1]) for f in factors]
+            found = shifted_inverses(factors, shifts, list(map(mean_eigenvalue, factors)))
+            new = [inverse.astype(before.dtype) for (inverse, _), before in zip(found, old, strict=True)]
+            return new, [failed.astype(jnp.int32) for _, failed in found]
 
-        def update(old: dict[str, Array]) -> tuple[dict[str, Array], Counts]:
-            new, bad = {}, {}
-            for name, factor in factors.items():
-                inverse = wide(old[name])
-                s = _product(inverse, wide(flow[name].inputs).astype(factor.dtype))
+        def update(old: list[Array]) -> tuple[list[Array], list[Array]]:
+            new, bad = [], []
+            for some, factor, before in zip(alike, factors, old, strict=True):
+                inverse, inputs = wide(before), some.together(lambda name: wide(flow[name].inputs))
+                s = _product(inverse, inputs.astype(factor.dtype))
                 y = _product(factor, s) + root.astype(factor.dtype) * s
                 updated, good = bfgs(inverse, s, y)
-                new[name] = jnp.where(good[:, None, None], updated, inverse).astype(old[name].dtype)
-                bad[name] = (~good & ~jnp.all(s == 0, axis=1)).astype(jnp.int32)
+                new.append(jnp.where(good[:, None, None], updated, inverse).astype(before.dtype))
+                bad.append((~good & ~jnp.all(s == 0, axis=1)).astype(jnp.int32))
             return new, bad
 
-        def out_of_date(old: dict[str, Array]) -> Bool[Array, ""]:
+        def out_of_date(old: list[Array]) -> Bool[Array, ""]:
             drifts = []
-            for name, factor in factors.items():
+            for factor, before in zip(factors, old, strict=True):
                 probe = tree_generic_like(jax.ShapeDtypeStruct(factor.shape[:2], factor.dtype))
-                x = _product(wide(old[name]).astype(factor.dtype), probe)
+                x = _product(wide(before).astype(factor.dtype), probe)
                 error = _product(factor, x) + root.astype(factor.dtype) * x - probe
                 drifts.append(jnp.linalg.norm(error, axis=1) / jnp.linalg.norm(probe, axis=1))
             # What is not finite is out of date.
             return ~(jnp.max(jnp.concatenate(drifts)) <= DRIFT) if drifts else jnp.asarray(False)
 
-        columns = {info.name: inverses[info.name][1] for info in singles}
+        columns = [some.together(lambda name: state.inverses[name][1]) for some in alike]
         columns, bad = jax.lax.cond(first | out_of_date(columns), start, update, columns)
-        for info in singles:
-            fallbacks[info.name] = fallbacks[info.name] + bad[info.name]
-            inverses[info.name] = (inverses[info.name][0], columns[info.name])
+        for some, column, failed in zip(alike, columns, bad, strict=True):
+            for name, part, count in zip(some.names, some.apart(column), some.apart(failed), strict=True):
+                inverses[name] = (inverses[name][0], part)
+                fallbacks[name] = fallbacks[name] + count
         kept = {
             info.name: jax.tree.map(
                 lambda new, old: new.astype(old.dtype), flow[info.name], state.flow[info.name]
@@ -195,35 +244,48 @@ class QuasiNewtonCurvature(AbstractCurvature):
         _, flow = self._measured(there, moments=False)
         weights, after = context.pack(context.leaves), context.pack(moved)
         inverses, fallbacks = dict(state.inverses), dict(state.fallbacks)
-        for info in (info for info in context.infos if info.single):
-            old = wide(state.flow[info.name])
-            new = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), flow[info.name], old)
-            s = _product(after[info.name], new.inputs) - _product(weights[info.name], old.inputs)
-            y = new.gradients - old.gradients
-            # A change that is lost in the rounding of the means (of inputs of mean zero, say) is none.
-            spread = jnp.sqrt(jnp.trace(wide(state.factors[info.name][1]), axis1=1, axis2=2)).astype(s.dtype)
-            size = jnp.sqrt(jnp.sum(jnp.square(weights[info.name]), axis=(1, 2))).astype(s.dtype)
-            still = jnp.linalg.norm(s, axis=1) <= jnp.finfo(s.dtype).eps * size * spread
-            inverse = wide(inverses[info.name][0])
+        for found in equal([info for info in context.infos if info.single], 1):
+            some = Alike.of(found)
+            changes = [self._change(state, flow, weights, after, name) for name in some.names]
+            s, y, still = map(jnp.concatenate, zip(*changes, strict=True))
+            inverse = wide(some.together(lambda name: state.inverses[name][0]))
             scale = jnp.sum(s * y, axis=1) / jnp.sum(y * y, axis=1)
             untouched = jnp.all(inverse == jnp.eye(inverse.shape[-1], dtype=inverse.dtype), axis=(1, 2))
             usable = jnp.isfinite(scale) & (scale > 0) & untouched & ~still
             inverse = jnp.where(usable[:, None, None], scale[:, None, None] * inverse, inverse)
             updated, good = bfgs(inverse, *damped(inverse, s, y, jnp.sqrt(damping).astype(s.dtype)))
             rows = jnp.where((good & ~still)[:, None, None], updated, inverse)
-            inverses[info.name] = (rows.astype(inverses[info.name][0].dtype), inverses[info.name][1])
-            fallbacks[info.name] = fallbacks[info.name] + (~good & ~still).astype(jnp.int32)
+            bad = (~good & ~still).astype(jnp.int32)
+            for name, row, count in zip(some.names, some.apart(rows), some.apart(bad), strict=True):
+                inverses[name] = (row.astype(inverses[name][0].dtype), inverses[name][1])
+                fallbacks[name] = fallbacks[name] + count
         return state._replace(inverses=inverses, fallbacks=fallbacks)
+
+    def _change(
+        self, state: QuasiNewtonState, flow: dict[str, Flow], weights: Matrices, after: Matrices, name: str
+    ) -> tuple[Array, Array, Array]:
+        """What a step changed in what a layer returns, and in its gradient; and whether that is nothing."""
+        old = wide(state.flow[name])
+        new = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), flow[name], old)
+        s = _product(after[name], new.inputs) - _product(weights[name], old.inputs)
+        # A change that is lost in the rounding of the means (of inputs of mean zero, say) is none.
+        factor = wide(state.factors[name][1])
+        spread = jnp.sqrt(mean_eigenvalue(factor) * factor.shape[-1]).astype(s.dtype)
+        size = jnp.sqrt(jnp.sum(jnp.square(weights[name]), axis=(1, 2))).astype(s.dtype)
+        still = jnp.linalg.norm(s, axis=1) <= jnp.finfo(s.dtype).eps * size * spread
+        return s, new.gradients - old.gradients, still
 
     def _measured(self, context: Context, moments: bool) -> tuple[dict[str, list[Moments]], dict[str, Flow]]:
         """Second moments of all sites, and the flow through the layers, with the gradients of the examples."""
         taken = passes(context.layers, context.loss, "empirical", context.inputs, context.targets, None)
+        groups = zip(context.layers.groups, context.infos, strict=True)
+        singles = frozenset(group.sites[0].key for group, info in groups if info.single)
         found = statistics(
             context.layers,
             context.params,
             context.inputs,
             taken.cotangents,
-            _Measured(moments),
+            _Measured(moments, singles),
             targets=taken.targets,
         )
         size = num_examples(context.inputs)

@@ -16,6 +16,7 @@ from curvax.optim._quasi_newton import QuasiNewtonState
 from curvax.optim._state import OptimiserState
 
 FIRST_ORDER = "first order"
+NOT_USED = "not used"
 # Of parameters that are one array, which has no name.
 WHOLE = "(the parameter)"
 # So many steps are skipped in a row while the damping looks for its place.
@@ -28,7 +29,8 @@ class BlockRow:
 
     Attributes:
         block: Its name: that of the weight.
-        factors: What is kept of its curvature: `"dense ⊗ dense"`, ..., `"diagonal"`, or `"first order"` if nothing is.
+        factors: What is kept of its curvature: `"dense ⊗ dense"`, ..., `"diagonal"`, or `"first order"` if nothing is;
+            `"not used"` of a parameter that the model does not use, which has none.
         rejected: Batches of which the statistics were not finite, and were left out.
         fallbacks: Times that a factor had no inverse, and was replaced by a multiple of the identity.
     """
@@ -86,7 +88,7 @@ class OptimiserReport(Printed):
 
     @property
     def healthy(self) -> bool:
-        """Whether every block has a curvature, and nothing went wrong with it or with the steps."""
+        """Whether every block that is used has a curvature, and nothing went wrong with it or with the steps."""
         return not self.problems
 
     def __rich__(self) -> RenderableType:
@@ -149,7 +151,7 @@ def report(state: OptimiserState) -> OptimiserReport:
     rows = [
         BlockRow(
             name,
-            _described(*kept[name]),
+            _described(*kept[name]) if known.rejected[name].size else NOT_USED,
             _total(known.rejected[name]),
             _total(known.fallbacks[name]),
         )

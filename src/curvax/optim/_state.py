@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Scalar
 
 from curvax.optim._blocks import Matrices
+from curvax.optim._start import full
 
 
 class StepInfo(NamedTuple):
@@ -33,8 +34,8 @@ class StepInfo(NamedTuple):
     @classmethod
     def empty(cls, dtype: Any) -> "StepInfo":
         """Before the first step."""
-        nan = lambda: jnp.full((), jnp.nan, dtype)
-        return cls(nan(), nan(), nan(), nan(), nan(), *(jnp.zeros((), jnp.int32) for _ in range(2)))
+        nan = lambda: full((), jnp.nan, dtype)
+        return cls(nan(), nan(), nan(), nan(), nan(), *(full((), 0, jnp.int32) for _ in range(2)))
 
 
 class OptimiserState(NamedTuple):

@@ -1,5 +1,6 @@
 """From directions to steps: learning rate, momentum, clip and adaptive damping, the same for every curvature."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from curvax._pytree import tree_where
 from curvax.optim._blocks import Context, Matrices
 from curvax.optim._options import Damping, Momentum
 from curvax.optim._quadratic import inner, minimiser, quadratic
+from curvax.optim._scalars import scalars
 from curvax.optim._state import OptimiserState, StepInfo
 
 Rate = Callable[[Array], Any] | None
@@ -84,9 +86,8 @@ class Tail(eqx.Module):
             solve: The preconditioner.
         """
         velocity, source = self._source(state, gradient)
-        direction = {name: -found for name, found in solve(source).items()}
         propose = self._of_model if self.learning_rate is None else self._of_rate
-        made = propose(state, now, gradient, source, direction, velocity)
+        made = propose(state, now, gradient, source, solve(source), velocity)
         judged = self._judged(state, now, gradient, made)
         taken = made.good & judged.down
         nothing = {name: jnp.zeros_like(matrix) for name, matrix in made.step.items()}
@@ -127,26 +128,28 @@ class Tail(eqx.Module):
         now: Context,
         gradient: Matrices,
         source: Matrices,
-        direction: Matrices,
+        solved: Matrices,
         velocity: Matrices,
     ) -> Proposal:
         """With a given learning rate."""
         assert self.learning_rate is not None
         dtype = state.damping.dtype
-        rate = jnp.asarray(self.learning_rate(state.count)).astype(dtype)
-        decay = jnp.asarray(0 if self.momentum is None else self.momentum.decay, dtype)
-        size = -inner([direction], [source])[0, 0].astype(dtype)
+        decay = 0.0 if self.momentum is None else self.momentum.decay
         clip = self.damping.clip(given_rate=True)
         summed = self.keeps_velocity and not self._is_before
-        if clip is not None:
-            # Between the steps that agree, whose sum is 1/(1 − μ) as long, and those that do not, 1/√(1 − μ²) as long.
-            most = clip * (1 - self.momentum.decay) if summed and self.momentum is not None else clip
-            rate = rate * _shortening(most, rate**2 * size)
-        step = _scaled(rate, direction)
+        # Between the steps that agree, whose sum is 1/(1 − μ) as long, and those that do not, 1/√(1 − μ²) as long.
+        most = clip if clip is None or not summed else clip * (1 - decay)
+
+        def choose(rate: Scalar, size: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
+            return rate if most is None else rate * _shortening(most, rate**2 * size), jnp.isfinite(size)
+
+        given = jnp.asarray(self.learning_rate(state.count)).astype(dtype)
+        rate, good = scalars(choose)(given, inner([solved], [source])[0, 0].astype(dtype))
+        step = _scaled(-rate, solved)
         if summed:
-            step = _sum(step, _scaled(decay, velocity))
+            step = _sum(step, _scaled(jnp.asarray(decay, dtype), velocity))
             velocity = step
-        return Proposal(step, velocity, rate, decay, None, None, jnp.isfinite(size))
+        return Proposal(step, velocity, rate, jnp.asarray(decay, dtype), None, None, good)
 
     def _of_model(
         self,
@@ -154,41 +157,51 @@ class Tail(eqx.Module):
         now: Context,
         gradient: Matrices,
         source: Matrices,
-        direction: Matrices,
+        solved: Matrices,
         velocity: Matrices,
     ) -> Proposal:
         """With the learning rate, and unless it is given the momentum, that minimise the exact model."""
         del source
         second = self.keeps_velocity and not self._is_before
-        directions = [direction, velocity] if second else [direction]
+        directions = [solved, velocity] if second else [solved]
         model = quadratic(now, directions)
-        shift = state.damping + self.damping.penalty
-        matrix = model.curvature + shift.astype(model.curvature.dtype) * inner(directions, directions)
-        slope = inner(directions, [gradient])[:, 0]
-        if self.momentum is None:
+        products = inner(directions, [*directions, gradient])
+        weights, predicted, good = scalars(self._weights)(model.curvature, products, state.damping)
+        step = _scaled(weights[0], solved)
+        if second:
+            step = _sum(step, _scaled(weights[1], velocity))
+        decay = 0.0 if self.momentum is None else self.momentum.decay
+        momentum = weights[1] if second else jnp.asarray(decay, model.loss.dtype)
+        kept = velocity if self._is_before else step
+        return Proposal(step, kept, -weights[0], momentum, model.loss, predicted, good)
+
+    def _weights(
+        self, curvature: Float[Array, "k k"], products: Float[Array, "k k+1"], damping: Scalar
+    ) -> tuple[list[Scalar], Scalar, Bool[Array, ""]]:
+        """What each direction counts in the step, M of the step, and whether that is finite.
+
+        Args:
+            curvature: uᵢᵀ G uⱼ of the directions.
+            products: uᵢᵀ uⱼ, and uᵢᵀ g in the last column.
+            damping: λ.
+        """
+        shift = (damping + self.damping.penalty).astype(curvature.dtype)
+        matrix, slope = curvature + shift * products[:, :-1], products[:, -1]
+        if len(matrix) == 1:
+            weights = -slope / matrix[0]
+        elif self.momentum is None:
             weights = minimiser(matrix, slope)
-        elif second:
+        else:
             decay = jnp.asarray(self.momentum.decay, slope.dtype)
             weights = jnp.stack([-(slope[0] + decay * matrix[0, 1]) / matrix[0, 0], decay])
-        else:
-            weights = -slope / matrix[0]
         # Nothing moves where the gradient is zero.
         weights = jnp.where(matrix[0, 0] > 0, weights, jnp.where(matrix[0, 0] == 0, 0, jnp.nan))
         clip = self.damping.clip(given_rate=False)
         if clip is not None:
-            weights = weights * _shortening(clip, weights @ model.curvature @ weights)
-        step = _scaled(weights[0], direction)
-        if second:
-            step = _sum(step, _scaled(weights[1], velocity))
+            weights = weights * _shortening(clip, weights @ curvature @ weights)
         predicted = slope @ weights + 0.5 * weights @ matrix @ weights
         good = jnp.all(jnp.isfinite(weights)) & jnp.all(jnp.isfinite(slope))
-        momentum = (
-            weights[1]
-            if second
-            else jnp.asarray(self.momentum.decay if self.momentum is not None else 0, weights.dtype)
-        )
-        kept = velocity if self._is_before else step
-        return Proposal(step, kept, weights[0], momentum, model.loss, predicted, good)
+        return list(weights), predicted, good
 
     def _judged(self, state: OptimiserState, now: Context, gradient: Matrices, made: Proposal) -> Judgement:
         """Where the step leads, in every so many of them."""
@@ -208,24 +221,38 @@ class Tail(eqx.Module):
                 before = model.loss
                 predicted = slope + 0.5 * (model.curvature[0, 0] + shift.astype(squared.dtype) * squared)
             change, after = change_of_objective(now, made.step, before, self.damping.penalty)
-            # A change that is lost in the rounding of the loss says nothing.
-            lost = jnp.abs(predicted) <= 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-            down = jnp.isfinite(after) & ((change <= 0) | lost)
-            # A gradient that is not finite says nothing either.
-            silent = lost | ~made.good
-            ratio = change / predicted
-            return Judgement(
-                jnp.where(silent, state.damping, self._adapted(state.damping, ratio, predicted, down)),
-                before.astype(kept.loss.dtype),
-                ratio.astype(kept.ratio.dtype),
-                down,
-                jnp.isfinite(before),
-            )
+            judge = scalars(ft.partial(self._judgement, kept.ratio.dtype))
+            return judge(state.damping, before, predicted, change, after, made.good)
 
         due = (state.count % self.damping.every == self.damping.every - 1) | (
             state.count < self.damping.every
         )
         return jax.lax.cond(due, look, lambda kept: kept, kept)
+
+    def _judgement(
+        self,
+        dtype: Any,
+        damping: Scalar,
+        before: Scalar,
+        predicted: Scalar,
+        change: Scalar,
+        after: Scalar,
+        good: Bool[Array, ""],
+    ) -> Judgement:
+        """Of a step that changed the objective by so much, to a mean loss of `after`."""
+        # A change that is lost in the rounding of the loss says nothing.
+        lost = jnp.abs(predicted) <= 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+        down = jnp.isfinite(after) & ((change <= 0) | lost)
+        # A gradient that is not finite says nothing either.
+        silent = lost | ~good
+        ratio = change / predicted
+        return Judgement(
+            jnp.where(silent, damping, self._adapted(damping, ratio, predicted, down)),
+            before.astype(dtype),
+            ratio.astype(dtype),
+            down,
+            jnp.isfinite(before),
+        )
 
     def _adapted(self, damping: Scalar, ratio: Scalar, predicted: Scalar, down: Bool[Array, ""]) -> Scalar:
         """Levenberg and Marquardt's rule."""

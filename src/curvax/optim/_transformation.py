@@ -22,6 +22,7 @@ from curvax.optim._checks import (
 )
 from curvax.optim._kronecker import AbstractCurvature
 from curvax.optim._options import Damping, Momentum, as_momentum
+from curvax.optim._start import full
 from curvax.optim._state import OptimiserState, StepInfo
 from curvax.optim._tail import Tail, as_rate
 
@@ -58,9 +59,9 @@ def transformation(
         infos = infos_of(model_fn, params, example)
         dtype = tree_dtype(eqx.filter(params, eqx.is_inexact_array))
         velocity = zeros_of(infos) if tail.keeps_velocity else {}
-        start = jnp.asarray(damping.initial, dtype)
+        start = full((), damping.initial, dtype)
         return OptimiserState(
-            jnp.zeros((), jnp.int32), curvature.init(infos), velocity, start, StepInfo.empty(dtype)
+            full((), 0, jnp.int32), curvature.init(infos), velocity, start, StepInfo.empty(dtype)
         )
 
     def update(
@@ -104,7 +105,7 @@ def infos_of(model_fn: ModelFn, params: PyTree, example: PyTree) -> tuple[BlockI
 
 def zeros_of(infos: tuple[BlockInfo, ...]) -> Matrices:
     """Zeros in all blocks."""
-    return {info.name: jnp.zeros(info.shape, info.dtype) for info in infos}
+    return {info.name: full(info.shape, 0, info.dtype) for info in infos}
 
 
 def checked(

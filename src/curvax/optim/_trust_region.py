@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree, Scalar
 
 from curvax._pytree import tree_dtype, tree_where
 from curvax.operators._cotangents import Loss
@@ -14,6 +14,8 @@ from curvax.optim._checks import check_functions
 from curvax.optim._kronecker import KroneckerCurvature
 from curvax.optim._options import Damping, Factors, Schedule, check_option
 from curvax.optim._quadratic import inner
+from curvax.optim._scalars import scalars
+from curvax.optim._start import full
 from curvax.optim._state import OptimiserState, StepInfo
 from curvax.optim._tail import change_of_objective
 from curvax.optim._transformation import (
@@ -96,10 +98,8 @@ def kf_trust_region(
     def init(params: PyTree) -> OptimiserState:
         infos = infos_of(model_fn, params, example)
         dtype = tree_dtype(eqx.filter(params, eqx.is_inexact_array))
-        start = jnp.asarray(radius, dtype)
-        return OptimiserState(
-            jnp.zeros((), jnp.int32), curvature.init(infos), {}, start, StepInfo.empty(dtype)
-        )
+        start = full((), radius, dtype)
+        return OptimiserState(full((), 0, jnp.int32), curvature.init(infos), {}, start, StepInfo.empty(dtype))
 
     def update(
         updates: PyTree,
@@ -120,29 +120,20 @@ def kf_trust_region(
         solved = curvature.apply(known, now.infos, gradient, total)
         # gᵀF⁻¹g, the squared length of the whole step in F.
         squared = inner([gradient], [solved])[0, 0].astype(dtype)
-        length = jnp.sqrt(squared)
-        share = jnp.where(length > state.damping, state.damping / length, 1)
+        share, predicted = scalars(_shortened)(squared, state.damping)
         step = {name: -share.astype(part.dtype) * part for name, part in solved.items()}
-        predicted = (0.5 * share**2 - share) * squared
         before = now.mean_loss(*now.outputs(now.leaves)).astype(dtype)
         change, after = change_of_objective(now, step, before, penalty)
-        # At a stationary point the model promises nothing, and there is nothing to judge.
-        ratio = jnp.where(squared == 0, 1, change / predicted)
-        lost = jnp.abs(predicted) <= 10 * jnp.finfo(dtype).eps * jnp.abs(before)
-        taken = jnp.isfinite(after) & jnp.isfinite(squared) & ((ratio > 0) | lost)
-        grown = jnp.where((ratio > 0.75) & (share < 1), 2 * state.damping, state.damping)
-        following = jnp.where(lost, state.damping, jnp.where(~(ratio >= 0.25), 0.5 * state.damping, grown))
-        # A gradient that is not finite says nothing about the radius.
-        following = jnp.where(jnp.isfinite(squared), following, state.damping)
+        judged = scalars(_judged)(squared, state.damping, share, predicted, before, change, after)
+        ratio, taken, following, broken = judged
         step = tree_where(taken, step, {name: jnp.zeros_like(part) for name, part in step.items()})
         skipped = state.info.skipped + (~taken).astype(jnp.int32)
-        broken = ~(jnp.isfinite(squared) & jnp.isfinite(before))
         info = StepInfo(
             share,
             jnp.zeros((), dtype),
             state.damping,
             before,
-            ratio.astype(dtype),
+            ratio,
             skipped,
             state.info.nonfinite + broken.astype(jnp.int32),
         )
@@ -150,3 +141,31 @@ def kf_trust_region(
         return like_gradients(updates, now.unpack(step)), after_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shortened(squared: Scalar, radius: Scalar) -> tuple[Scalar, Scalar]:
+    """The part of a step of that squared length which is no longer than the radius, and M there."""
+    length = jnp.sqrt(squared)
+    share = jnp.where(length > radius, radius / length, 1)
+    return share, (0.5 * share**2 - share) * squared
+
+
+def _judged(
+    squared: Scalar,
+    radius: Scalar,
+    share: Scalar,
+    predicted: Scalar,
+    before: Scalar,
+    change: Scalar,
+    after: Scalar,
+) -> tuple[Scalar, Bool[Array, ""], Scalar, Bool[Array, ""]]:
+    """ρ, whether the step is taken, the radius after it, and whether anything was not finite before it."""
+    # At a stationary point the model promises nothing, and there is nothing to judge.
+    ratio = jnp.where(squared == 0, 1, change / predicted).astype(radius.dtype)
+    lost = jnp.abs(predicted) <= 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+    taken = jnp.isfinite(after) & jnp.isfinite(squared) & ((ratio > 0) | lost)
+    grown = jnp.where((ratio > 0.75) & (share < 1), 2 * radius, radius)
+    following = jnp.where(lost, radius, jnp.where(~(ratio >= 0.25), 0.5 * radius, grown))
+    # A gradient that is not finite says nothing about the radius.
+    following = jnp.where(jnp.isfinite(squared), following, radius)
+    return ratio, taken, following, ~(jnp.isfinite(squared) & jnp.isfinite(before))
