@@ -18,8 +18,9 @@ from curvax.optim._state import OptimiserState, StepInfo
 Rate = Callable[[Array], Any] | None
 
 
-# A step that is not taken raises the damping as so many that were poor: the next one must differ.
-REFUSED = 5
+# A step that is not taken raises the damping as so many that were poor: the next one must differ. Likewise at most so
+# many steps at once lower it.
+LEAP = 5
 
 
 class Proposal(NamedTuple):
@@ -200,11 +201,11 @@ class Tail(eqx.Module):
 
         def look(kept: Judgement) -> Judgement:
             before, predicted = made.loss, made.predicted
+            slope = inner([made.step], [gradient])[0, 0]
             if before is None or predicted is None:
                 model = quadratic(now, [made.step])
                 shift = state.damping + self.damping.penalty
                 squared = inner([made.step], [made.step])[0, 0]
-                slope = inner([made.step], [gradient])[0, 0]
                 before = model.loss
                 predicted = slope + 0.5 * (model.curvature[0, 0] + shift.astype(squared.dtype) * squared)
             change, after = change_of_objective(now, made.step, before, self.damping.penalty)
@@ -214,8 +215,11 @@ class Tail(eqx.Module):
             # A gradient that is not finite says nothing either.
             silent = lost | ~made.good
             ratio = change / predicted
+            adapted = self._adapted(
+                state.damping, ratio, (change - slope) / (predicted - slope), predicted, down
+            )
             return Judgement(
-                jnp.where(silent, state.damping, self._adapted(state.damping, ratio, predicted, down)),
+                jnp.where(silent, state.damping, adapted),
                 before.astype(kept.loss.dtype),
                 ratio.astype(kept.ratio.dtype),
                 down,
@@ -227,14 +231,25 @@ class Tail(eqx.Module):
         )
         return jax.lax.cond(due, look, lambda kept: kept, kept)
 
-    def _adapted(self, damping: Scalar, ratio: Scalar, predicted: Scalar, down: Bool[Array, ""]) -> Scalar:
-        """Levenberg and Marquardt's rule."""
+    def _adapted(
+        self, damping: Scalar, ratio: Scalar, curvature: Scalar, predicted: Scalar, down: Bool[Array, ""]
+    ) -> Scalar:
+        """Levenberg and Marquardt's rule; faster where the model has far too much curvature along the step.
+
+        Args:
+            damping: λ.
+            ratio: ρ.
+            curvature: That of the objective along the step, ÷ the model's.
+            predicted: M(δ).
+            down: Whether the step is taken.
+        """
         assert self.damping.every is not None
         factor = self.damping.factor**self.damping.every
         # A step that is one up in the model itself is too long.
         poor = ~(ratio >= 0.25) | (predicted > 0)
-        changed = jnp.where(poor, damping / factor, jnp.where(ratio > 0.75, damping * factor, damping))
-        changed = jnp.where(down, changed, damping / factor**REFUSED)
+        lower = damping * jnp.clip(curvature, factor**LEAP, factor)
+        changed = jnp.where(poor, damping / factor, jnp.where(ratio > 0.75, lower, damping))
+        changed = jnp.where(down, changed, damping / factor**LEAP)
         return jnp.clip(changed, *self.damping.limits).astype(damping.dtype)
 
 
