@@ -4,8 +4,8 @@ The autoencoder of the K-FAC papers, smaller (64-256-128-64-30-64-128-256-64, ta
 scikit-learn's digits, with all 1797 at every step and with batches of 256; a network of two convolutions and a
 transformer of two scanned layers on the same digits as classifiers, where only the steps count for the transformer.
 Adam is the peer: the best of three learning rates, each constant and with a cosine schedule, by the loss on all digits
-at the end; the best rate is in the middle. The second-order optimisers have the settings with which they come, for every
-problem. Time is the number of steps × the median time of a step, timed in turns. Losses are those on all digits, taken
+at the end; the best rate is in the middle. The second-order optimisers have the settings with which they come, for
+every problem. Time is the number of steps × the median time of a step, timed in turns. Losses are those on all digits, taken
 every few steps and not counted.
 """
 
