@@ -5,8 +5,8 @@ scikit-learn's digits, with all 1797 at every step and with batches of 256; a ne
 transformer of two scanned layers on the same digits as classifiers, where only the steps count for the transformer.
 Adam is the peer: the best of three learning rates, each constant and with a cosine schedule, by the loss on all digits
 at the end; the best rate is in the middle. The second-order optimisers have the settings with which they come, for
-every problem. Time is the number of steps × the median time of a step, timed in turns. Losses are those on all digits, taken
-every few steps and not counted.
+every problem. Time is the number of steps × the median time of a step, timed in turns. Losses are those on all digits,
+taken every few steps and not counted.
 """
 
 import harness
@@ -241,8 +241,10 @@ def picture(report: harness.Report, file_name: str) -> None:
                 axis.plot(scale * np.maximum(steps, 0.5), losses, label=row["optimiser"], lw=1.6)
         for axis, label in zip(axes[:, column], ("steps", "seconds"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel=label, title=name if label == "steps" else "")
-            for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                formatted("{x:g}")
+            low, high = axis.get_ylim()
+            if high < 100 * low:  # else the powers of ten are enough
+                for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    formatted("{x:g}")
             axis.grid(alpha=0.3, which="both", lw=0.4)
         axes[0, column].legend(fontsize=8)
         axes[0, 0].set_ylabel("mean loss")

@@ -215,9 +215,10 @@ class Tail(eqx.Module):
             # A gradient that is not finite says nothing either.
             silent = lost | ~made.good
             ratio = change / predicted
-            adapted = self._adapted(
-                state.damping, ratio, (change - slope) / (predicted - slope), predicted, down
-            )
+            # Likewise a curvature, of steps so short that the objective is linear along them: then it is the model's.
+            curved = jnp.abs(predicted - slope) > 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+            curvature = jnp.where(curved, (change - slope) / jnp.where(curved, predicted - slope, 1), 1)
+            adapted = self._adapted(state.damping, ratio, curvature, predicted, down)
             return Judgement(
                 jnp.where(silent, state.damping, adapted),
                 before.astype(kept.loss.dtype),
