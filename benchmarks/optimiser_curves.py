@@ -1,11 +1,12 @@
-"""Claim: on a deep autoencoder K-FAC reaches what a well tuned Adam ends at in a third of its steps, 0.7 of its time.
+"""Claims: K-FAC is where a well tuned Adam ends after a third of its steps and 0.7 of its time; of a transformer 0.4.
 
 The autoencoder of the K-FAC papers, smaller (64-256-128-64-30-64-128-256-64, tanh, cross-entropy of pixels), on
 scikit-learn's digits, with all 1797 at every step and with batches of 256; a network of two convolutions and a
-transformer of two scanned layers on the same digits as classifiers. Adam is the peer: the best of three learning rates,
-each constant and with a cosine schedule, by the loss on all digits at the end. The second-order optimisers have the
-settings with which they come, for every problem. Time is the number of steps × the median time of a step, timed in
-turns. Losses are those on all digits, taken every few steps and not counted.
+transformer of two scanned layers on the same digits as classifiers, where only the steps count for the transformer.
+Adam is the peer: the best of three learning rates, each constant and with a cosine schedule, by the loss on all digits
+at the end; the best rate is in the middle. The second-order optimisers have the settings with which they come, for
+every problem. Time is the number of steps × the median time of a step, timed in turns. Losses are those on all digits,
+taken every few steps and not counted.
 """
 
 import harness
@@ -18,7 +19,7 @@ from sklearn.datasets import load_digits
 import curvax as cx
 
 # Learning rates that Adam is tuned over.
-RATES, LARGER, LARGEST = (2e-3, 4e-3, 8e-3), (4e-3, 8e-3, 1.6e-2), (8e-3, 1.6e-2, 3.2e-2)
+RATES, LARGER, LARGEST = (2e-3, 4e-3, 8e-3), (4e-3, 8e-3, 1.6e-2), (3.2e-2, 6.4e-2, 0.128)
 OURS = {
     "K-FAC": cx.optim.kfac,
     "EKFAC": cx.optim.ekfac,
@@ -108,8 +109,15 @@ CURVES: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
 PROBLEMS = {
     "autoencoder": (autoencoder, 1797, 300, 60, RATES),
     "autoencoder, batches of 256": (autoencoder, 256, 800, 100, RATES),
-    "convolutions": (convolutions, 1797, 150, 30, LARGEST),
-    "transformer": (transformer, 1797, 150, 30, LARGER),
+    "convolutions": (convolutions, 1797, 150, 50, LARGEST),
+    "transformer": (transformer, 1797, 150, 60, LARGER),
+}
+# What K-FAC must do, by problem: its steps to Adam's last loss ÷ those of Adam, and likewise the time (None: no claim).
+CLAIMS: dict[str, tuple[float, float | None]] = {
+    "autoencoder": (1 / 3, 0.7),
+    "autoencoder, batches of 256": (1 / 3, 0.7),
+    "convolutions": (1 / 3, 0.7),
+    "transformer": (0.4, None),
 }
 # Losses are taken so often in a run.
 LOOKS = 50
@@ -201,10 +209,13 @@ def measure(only: str = "") -> harness.Report:
                 }
             )
             CURVES[name, what] = (run.looks, run.losses)
-            if make is autoencoder and what == "K-FAC":
-                for unit, value, most in (("steps", steps / of_adam, 1 / 3), ("time", share, 0.7)):
+            if what == "K-FAC":
+                for unit, value, most in zip(
+                    ("steps", "time"), (steps / of_adam, share), CLAIMS[name], strict=True
+                ):
                     text = f"{name}: {unit} of K-FAC to Adam's last loss ÷ Adam's"
-                    claims.append(harness.Claim(text, value, at_most=most))
+                    if most is not None:
+                        claims.append(harness.Claim(text, value, at_most=most))
     return harness.Report(
         "Loss against steps and time",
         "float32; Adam with the best of six settings, others with those that they come with; losses on all digits.",
@@ -230,8 +241,10 @@ def picture(report: harness.Report, file_name: str) -> None:
                 axis.plot(scale * np.maximum(steps, 0.5), losses, label=row["optimiser"], lw=1.6)
         for axis, label in zip(axes[:, column], ("steps", "seconds"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel=label, title=name if label == "steps" else "")
-            for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                formatted("{x:g}")
+            low, high = axis.get_ylim()
+            if high < 100 * low:  # else the powers of ten are enough
+                for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    formatted("{x:g}")
             axis.grid(alpha=0.3, which="both", lw=0.4)
         axes[0, column].legend(fontsize=8)
         axes[0, 0].set_ylabel("mean loss")

@@ -42,6 +42,8 @@ BAD = {
     "factor": (lambda: Damping(factor=1.5), "`factor`"),
     "penalty": (lambda: Damping(penalty=-1.0), "`penalty`"),
     "clip": (lambda: Damping(kl_clip=0.0), "`kl_clip`"),
+    "share": (lambda: Damping(share=0.0), "`share`"),
+    "share by name": (lambda: Damping(share="all"), "`share`"),
     "kind": (lambda: Factors("full"), "`kind`"),
     "sharing": (lambda: Factors(sharing="some"), "`sharing`"),
     "decay": (lambda: Factors(decay=1.0), "`decay`"),

@@ -168,13 +168,60 @@ def test_the_dense_model_gives_rate_momentum_and_damping(key):
         v = u
         ratio = (value(moved) - value(params)) / (g @ u + 0.5 * u @ whole @ u)
         assert value(moved) < value(params)
-        params = moved
+        params_before, params = params, moved
         if number == 2:  # is not looked at
             assert (state.damping, state.info.ratio) == (before.damping, before.info.ratio)
             continue
         assert np.any(u) and float(state.info.ratio) == pytest.approx(float(ratio), rel=1e-6)
-        change = 0.81 if ratio > 0.75 else 1 / 0.81 if ratio < 0.25 else 1
+        # The curvature of the objective along the step, ÷ the model's.
+        share = (value(moved) - value(params_before) - g @ u) / (0.5 * u @ whole @ u)
+        change = np.clip(share, 0.81**5, 0.81) if ratio > 0.75 else 1 / 0.81 if ratio < 0.25 else 1
         assert float(state.damping) == pytest.approx(float(before.damping) * change)
+
+
+@pytest.mark.parametrize("share", ["auto", 0.5])
+def test_the_model_has_all_of_the_damping_and_the_preconditioner_a_share(key, share):
+    """The first step, with the factors, the Gauss–Newton matrix and the rate written out in NumPy."""
+    params, x, y = tanh_problem(key)
+    damping = Damping(0.2, every=None, exact=True, penalty=0.01, share=share)
+    optimiser = cx.optim.kfac(tanh_net, SQUARED, example=x[0], damping=damping, factors=EXACT)
+    _, state, updates, grads = stepper(optimiser, tanh_net, SQUARED, 0.01)(
+        params, optimiser.init(params), x, y
+    )
+    w, b, v, inputs = (np.asarray(a) for a in (params["w"], params["b"], params["v"], x))
+    hidden = np.tanh(inputs @ w.T + b)
+    with_one = lambda a: np.concatenate([a, np.ones((len(a), 1))], axis=1)
+    back = v[None] * (1 - hidden**2)[:, None]  # ∂ output / ∂ what goes into tanh, by example
+    factors = (
+        ("w", "b", np.einsum("noi,noj->ij", back, back) / 12, with_one(inputs)),
+        ("v", "c", np.eye(2), with_one(hidden)),
+    )
+    shift = {"auto": 0.1, 0.5: 0.5}[share] * 0.2 + 0.01
+    direction = {}
+    for weight, bias, of_rows, read in factors:
+        gradient = np.concatenate([grads[weight], grads[bias][:, None]], axis=1)
+        block = np.kron(of_rows, read.T @ read / 12)
+        solved = np.linalg.solve(block + shift * np.eye(len(block)), gradient.ravel()).reshape(gradient.shape)
+        direction |= {weight: -solved[:, :-1], bias: -solved[:, -1]}
+    d, g, u = (np.asarray(ravel_pytree(tree)[0]) for tree in (direction, grads, updates))
+    whole = dense_curvature(tanh_net, params, x) + 0.21 * np.eye(len(d))
+    rate = -(g @ d) / (d @ whole @ d)
+    np.testing.assert_allclose(u, rate * d, rtol=1e-8, atol=1e-10 * np.abs(u).max())
+    assert float(state.info.learning_rate) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("initial", "leaps"), [(10.0, 5), (1e-3, 1)])
+def test_damping_leaps_where_it_is_all_of_the_curvature(key, initial, leaps):
+    """Outputs that are nearly certain: far from λ = 10 the objective is as good as linear; λ = 1e-3 is of its size."""
+    x, y = jax.random.normal(key, (20, 3)), jnp.arange(20) % 2
+    x = x.at[:, 0].set(jnp.where(y == 1, 1.0, -1.0))
+    w = jnp.zeros((2, 3)).at[1, 0].set(2.0 if leaps == 5 else 0.2)
+    model_fn = lambda w, x: w @ x
+    damping = Damping(initial, every=2, factor=0.9)
+    optimiser = cx.optim.kfac(model_fn, SOFTMAX, example=x[0], damping=damping, factors=EMPIRICAL)
+    _, state, _, _ = stepper(optimiser, model_fn, SOFTMAX)(w, optimiser.init(w), x, y)
+    assert float(state.info.ratio) > 0.75
+    assert float(state.damping) == pytest.approx(initial * 0.81**leaps)
 
 
 def test_steps_up_are_refused_until_damping_is_enough(key):

@@ -1,5 +1,6 @@
 """K-BFGS as an optimiser."""
 
+import dataclasses
 from typing import Any
 
 import optax
@@ -42,7 +43,7 @@ def kbfgs(
         learning_rate: A number, an optax schedule, or None for that of the exact quadratic model.
         example: One example of the inputs, of which only the shapes count.
         momentum: As for `kfac`.
-        damping: As for `kfac`; always factored.
+        damping: As for `kfac`; always factored. `Damping(share="auto")` is 1.
         decay: Of the running mean of A, and of the diagonals.
 
     Returns:
@@ -77,6 +78,9 @@ def kbfgs(
         raise ValueError(
             "`damping.exact` needs eigenvectors, which K-BFGS does not have; leave it out, or use `kfac`."
         )
+    if damping.share == "auto":
+        # H_G is learned from steps, with λ in every one of its updates: with less of it, residual networks go wrong.
+        damping = dataclasses.replace(damping, share=1.0)
     return transformation(
         QuasiNewtonCurvature(Factors("empirical", decay=decay)),
         model_fn,

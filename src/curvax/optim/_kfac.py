@@ -23,7 +23,7 @@ def kfac(
     factors: Factors = Factors(),  # noqa: B008
     schedule: Schedule = Schedule(),  # noqa: B008
 ) -> optax.GradientTransformationExtraArgs:
-    r"""K-FAC: δ = −α (F + λI)⁻¹ g + μ δ₋₁, with a Kronecker product G ⊗ A for every layer of a model as F.
+    r"""K-FAC: δ = −α (F + γI)⁻¹ g + μ δ₋₁, with a Kronecker product G ⊗ A for every layer of a model as F.
 
     The layers are those that `cx.capture.report(model_fn, params, example)` prints, of any model: through `jit`,
     `jax.checkpoint`, `scan` (a pair of factors for each layer of it), with tied weights, convolutions and embeddings.
@@ -33,7 +33,8 @@ def kfac(
 
     Without `learning_rate`, α and (without `momentum`) μ minimise in every step the exact quadratic model
     M(δ) = gᵀδ + ½ δᵀ(B + (λ + η) I) δ over the plane of the preconditioned gradient and the step before, B the
-    Gauss–Newton matrix of the batch. Nothing needs tuning then but `damping.initial`, whose adaptation corrects it.
+    Gauss–Newton matrix of the batch; γ is 0.1 λ + η then, and λ + η beside a given rate. Nothing needs tuning but
+    `damping.initial`, whose adaptation corrects it.
 
     `update` needs the batch, and does a forward pass of its own: in one `jit` with the gradient XLA computes it once.
 
@@ -70,7 +71,9 @@ def kfac(
     Memory: four times out² + in² for each layer and one step.
 
     Source: J. Martens and R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015,
-    arXiv 1503.05671. There λ + η of the factors is adapted apart (γ, section 6.6); here it is √(λ + η) (section 6.3).
+    arXiv 1503.05671. There γ, the root of what is added to the factors, starts at √(λ + η) and is adapted apart, by the
+    best of three (section 6.6); here it is √(0.1 λ + η) (`damping.share`), which needs no factorisation more. There λ
+    falls by one factor only; here faster where the model has far too much curvature.
 
     Example:
         ```python
@@ -117,7 +120,7 @@ def ekfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""EKFAC: K-FAC's eigenvectors U ⊗ V, and S, the second moments of the gradients along them, for eigenvalues.
 
-    The direction is −U ((UᵀgV) / (S + λ + η)) Vᵀ for every layer. S is a running mean that costs nearly nothing and is
+    The direction is −U ((UᵀgV) / (S + γ)) Vᵀ for every layer. S is a running mean that costs nearly nothing and is
     up to date at every step, so the eigenvectors may be computed more seldom. Where they change, S is carried over to
     the new ones as if the gradients were uncorrelated along the old ones. All else is as for
     [`kfac`][curvax.optim.kfac]; damping is always exact.

@@ -12,6 +12,8 @@ from curvax.operators._kfac_statistics import check_sharing
 
 # κ beside a given learning rate.
 AUTO_CLIP = 1e-2
+# The part of λ that is in the preconditioner, where the exact quadratic model has all of it.
+AUTO_SHARE = 0.1
 
 
 class Damping(eqx.Module):
@@ -20,17 +22,24 @@ class Damping(eqx.Module):
     The model of the objective at a step δ is M(δ) = gᵀδ + ½ δᵀ(F + (λ + η) I) δ, g the gradient and F the curvature.
     Every `every` steps, and in each of the first `every`, ρ = (f(θ + δ) − f(θ)) / M(δ) is measured on the batch of that
     step, and λ multiplied by `factor`^`every` if ρ > ¾ and divided by it unless ρ ≥ ¼ (Levenberg and Marquardt's rule).
-    A step that is looked at and leads up, or to where the objective is not finite, is not taken, and λ is divided by
-    `factor`^(5 `every`).
+    Where the model has far too much curvature, as where a loss tends to zero and its curvature with it but λ does not,
+    that is too slow: with c = (f(θ + δ) − f(θ) − gᵀδ) / (M(δ) − gᵀδ), the curvature of the objective along δ ÷ the
+    model's (2 − ρ for a step that minimises M), λ is multiplied by c if that is less, but not by less than
+    `factor`^(5 `every`). A step that is looked at and leads up, or to where the objective is not finite, is not taken,
+    and λ is divided by `factor`^(5 `every`).
 
     Args:
         initial: λ at the start, > 0, in the units of the eigenvalues of the curvature of the MEAN loss.
         every: Steps from one adaptation to the next; None keeps λ as it is.
         factor: By which λ shrinks in a step, between 0 and 1.
         limits: λ stays between these.
-        exact: F + (λ + η) I in the joint eigenbasis of the factors of a layer, instead of the product of the factors
-            with π√(λ + η) and √(λ + η)/π added. Eigenvectors instead of Cholesky factors, and λ is never out of date.
+        exact: F + γI, γ = `share` λ + η, in the joint eigenbasis of the factors of a layer, instead of the product of
+            the factors with π√γ and √γ/π added. Eigenvectors instead of Cholesky factors, and λ is never out of date.
         penalty: η, where the objective has ½ η ‖θ‖² in it, as the gradients that you pass then have; it is not adapted.
+        share: The part of λ in the preconditioner (F + (share · λ + η) I)⁻¹; M has all of it. `"auto"` is 1 beside a
+            given learning rate and for K-BFGS, and 0.1 for the steps of the exact quadratic model: what is not in F,
+            curvature across layers and positions, makes their α small (0.02 to 0.3 for deep networks and
+            transformers), and α (F + γI)⁻¹ = (F/α + γ/α I)⁻¹, in which γ = λ would damp as λ/α.
         kl_clip: κ: steps with δᵀFδ > κ (twice the Kullback–Leibler divergence of a likelihood, to second order) are
             shortened to κ; None for no bound. Beside a given learning rate α, α² gᵀF⁻¹g stands for it, bounded by κ
             (1 − μ) with momentum μ, since what μ sums up is longer. `"auto"` is 0.01 there, for without a bound easy
@@ -54,6 +63,7 @@ class Damping(eqx.Module):
     limits: tuple[float, float] = (1e-8, 1e4)
     exact: bool = False
     penalty: float = 0.0
+    share: float | Literal["auto"] = "auto"
     kl_clip: float | Literal["auto"] | None = "auto"
 
     def __check_init__(self) -> None:
@@ -70,13 +80,29 @@ class Damping(eqx.Module):
         )
         _check(0 < self.factor < 1, "factor", self.factor, "between 0 and 1")
         _check(0 <= self.penalty < math.inf, "penalty", self.penalty, "at least 0")
-        clip = self.kl_clip
+        share, clip = self.share, self.kl_clip
+        _check(
+            share == "auto" if isinstance(share, str) else 0 < share < math.inf,
+            "share",
+            share,
+            '"auto" or above 0',
+        )
         _check(
             clip is None or (clip == "auto" if isinstance(clip, str) else clip > 0),
             "kl_clip",
             clip,
             '"auto", None or above 0',
         )
+
+    def in_preconditioner(self, given_rate: bool) -> float:
+        """The part of λ that is in the preconditioner.
+
+        Args:
+            given_rate: Whether the learning rate is given.
+        """
+        if isinstance(self.share, str):
+            return 1.0 if given_rate else AUTO_SHARE
+        return float(self.share)
 
     def clip(self, given_rate: bool) -> float | None:
         """κ, or None for no bound.

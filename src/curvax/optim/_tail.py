@@ -20,8 +20,9 @@ from curvax.optim._state import OptimiserState, StepInfo
 Rate = Callable[[Array], Any] | None
 
 
-# A step that is not taken raises the damping as so many that were poor: the next one must differ.
-REFUSED = 5
+# A step that is not taken raises the damping as so many that were poor: the next one must differ. Likewise at most so
+# many steps at once lower it.
+LEAP = 5
 
 
 class Proposal(NamedTuple):
@@ -213,16 +214,16 @@ class Tail(eqx.Module):
 
         def look(kept: Judgement) -> Judgement:
             before, predicted = made.loss, made.predicted
+            slope = inner([made.step], [gradient])[0, 0]
             if before is None or predicted is None:
                 model = quadratic(now, [made.step])
                 shift = state.damping + self.damping.penalty
                 squared = inner([made.step], [made.step])[0, 0]
-                slope = inner([made.step], [gradient])[0, 0]
                 before = model.loss
                 predicted = slope + 0.5 * (model.curvature[0, 0] + shift.astype(squared.dtype) * squared)
             change, after = change_of_objective(now, made.step, before, self.damping.penalty)
             judge = scalars(ft.partial(self._judgement, kept.ratio.dtype))
-            return judge(state.damping, before, predicted, change, after, made.good)
+            return judge(state.damping, before, predicted, slope, change, after, made.good)
 
         due = (state.count % self.damping.every == self.damping.every - 1) | (
             state.count < self.damping.every
@@ -235,33 +236,50 @@ class Tail(eqx.Module):
         damping: Scalar,
         before: Scalar,
         predicted: Scalar,
+        slope: Scalar,
         change: Scalar,
         after: Scalar,
         good: Bool[Array, ""],
     ) -> Judgement:
         """Of a step that changed the objective by so much, to a mean loss of `after`."""
         # A change that is lost in the rounding of the loss says nothing.
-        lost = jnp.abs(predicted) <= 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+        rounding = 10 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+        lost = jnp.abs(predicted) <= rounding
         down = jnp.isfinite(after) & ((change <= 0) | lost)
         # A gradient that is not finite says nothing either.
         silent = lost | ~good
         ratio = change / predicted
+        # Likewise a curvature, of steps so short that the objective is linear along them: then it is the model's.
+        curved = jnp.abs(predicted - slope) > rounding
+        curvature = jnp.where(curved, (change - slope) / jnp.where(curved, predicted - slope, 1), 1)
+        adapted = self._adapted(damping, ratio, curvature, predicted, down)
         return Judgement(
-            jnp.where(silent, damping, self._adapted(damping, ratio, predicted, down)),
+            jnp.where(silent, damping, adapted),
             before.astype(dtype),
             ratio.astype(dtype),
             down,
             jnp.isfinite(before),
         )
 
-    def _adapted(self, damping: Scalar, ratio: Scalar, predicted: Scalar, down: Bool[Array, ""]) -> Scalar:
-        """Levenberg and Marquardt's rule."""
+    def _adapted(
+        self, damping: Scalar, ratio: Scalar, curvature: Scalar, predicted: Scalar, down: Bool[Array, ""]
+    ) -> Scalar:
+        """Levenberg and Marquardt's rule; faster where the model has far too much curvature along the step.
+
+        Args:
+            damping: λ.
+            ratio: ρ.
+            curvature: That of the objective along the step, ÷ the model's.
+            predicted: M(δ).
+            down: Whether the step is taken.
+        """
         assert self.damping.every is not None
         factor = self.damping.factor**self.damping.every
         # A step that is one up in the model itself is too long.
         poor = ~(ratio >= 0.25) | (predicted > 0)
-        changed = jnp.where(poor, damping / factor, jnp.where(ratio > 0.75, damping * factor, damping))
-        changed = jnp.where(down, changed, damping / factor**REFUSED)
+        lower = damping * jnp.clip(curvature, factor**LEAP, factor)
+        changed = jnp.where(poor, damping / factor, jnp.where(ratio > 0.75, lower, damping))
+        changed = jnp.where(down, changed, damping / factor**LEAP)
         return jnp.clip(changed, *self.damping.limits).astype(damping.dtype)
 
 

@@ -54,6 +54,7 @@ def transformation(
     """
     check_functions(model_fn, loss)
     tail = Tail(as_rate(learning_rate), as_momentum(momentum), damping)
+    share = damping.in_preconditioner(given_rate=learning_rate is not None)
 
     def init(params: PyTree) -> OptimiserState:
         infos = infos_of(model_fn, params, example)
@@ -77,7 +78,7 @@ def transformation(
         del extra
         now = checked(model_fn, loss, example, params, state, inputs, targets, key, draws)
         gradient = now.pack(gradient_leaves(updates, now))
-        total = state.damping + jnp.asarray(damping.penalty, state.damping.dtype)
+        total = (share * state.damping + damping.penalty).astype(state.damping.dtype)
         known = curvature.observe(state.curvature, now, total)
         solve = lambda matrices: curvature.apply(known, now.infos, matrices, total)
         step, velocity, adapted, info = tail(state, now, gradient, solve)
