@@ -267,6 +267,23 @@ def test_a_state_keeps_its_kinds(name, dtype, key):
         assert kinds(after) == kinds(state) and kinds(updates) == kinds(params)
 
 
+def test_a_step_has_a_derivative_in_reverse(key):
+    """Its numbers are computed in a loop, which has none: theirs is that of the formulas."""
+    params, x, y = tanh_problem(key)
+    optimiser = make("kfac", x, factors=EMPIRICAL)
+    state = optimiser.init(params)
+
+    def length(scale):
+        scaled = jax.tree.map(lambda leaf: scale * leaf, params)
+        grads = jax.grad(lambda p: objective(tanh_net, SQUARED, p, x, y))(scaled)
+        updates, _ = optimiser.update(grads, state, scaled, inputs=x, targets=y)
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(updates))
+
+    value_and_slope = quick(jax.value_and_grad(length))
+    (above, _), (below, _) = value_and_slope(1 + 1e-5), value_and_slope(1 - 1e-5)
+    np.testing.assert_allclose(value_and_slope(1.0)[1], (above - below) / 2e-5, rtol=1e-5)
+
+
 def test_a_given_rate_is_bounded(key):
     """By default: a rate of 1 far from the minimum, where the curvature of saturated outputs is next to nothing."""
     params, x, y = tanh_problem(key)
