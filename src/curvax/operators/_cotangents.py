@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from curvax._lapack import eigh
 from curvax.operators._dense import ravel, structure_dtype, unravel
 from curvax.operators._losses import AbstractLoss
 
@@ -101,7 +102,7 @@ def _root(loss: Callable[[PyTree], Scalar], output: PyTree[Array]) -> PyTree[Flo
         )
     second = jax.hessian(lambda flat: loss(unravel(flat, like)))
     hessian = second(flat)
-    values, vectors = jnp.linalg.eigh(hessian)
+    values, vectors = eigh(hessian)
     # Where a loss is flat its Hessian is a difference of terms that cancel, p − p² of a sure prediction: its rounding
     # is of the size that the curvature has elsewhere.
     elsewhere = jnp.max(jnp.abs(second(jnp.zeros_like(flat))), initial=0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, Scalar
 
+from curvax._lapack import eigh
 from curvax.operators._dispatch import register
 from curvax.operators._structured import AbstractStructuredOperator, check_power, is_symmetric
 from curvax.operators._written_out import written_out
@@ -85,7 +86,7 @@ def inverse_of(operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator
 
 def eigen_of(operator: lx.AbstractLinearOperator) -> tuple[Float[Array, "n n"], Float[Array, " n"]]:
     """Orthonormal eigenvectors and eigenvalues of a symmetric part; rounding below zero is cut off if definite."""
-    values, vectors = jnp.linalg.eigh(written_out(operator))
+    values, vectors = eigh(written_out(operator))
     if lx.is_positive_semidefinite(operator):
         values = jnp.maximum(values, 0)
     if lx.is_negative_semidefinite(operator):

@@ -1,7 +1,7 @@
 """Matrices of one structure, one beside the other: as those of equal layers."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -25,6 +25,7 @@ from curvax.operators._damped import (
 from curvax.operators._parts import power_of
 from curvax.operators._structured import AbstractStructuredOperator
 
+_T = TypeVar("_T")
 _KEPT = frozenset([lx.symmetric_tag, lx.positive_semidefinite_tag, lx.negative_semidefinite_tag])
 _POWER = frozenset([lx.symmetric_tag, lx.positive_semidefinite_tag])
 
@@ -32,8 +33,8 @@ _POWER = frozenset([lx.symmetric_tag, lx.positive_semidefinite_tag])
 class Stacked(AbstractStructuredOperator):
     """diag(A₁, ..., A_s) of s operators of one structure, held as ONE with a leading axis on every array.
 
-    Its vectors are those of A, with the same leading axis. Whatever factorisation a method needs is done for all of
-    them in one batched call, and compiled once.
+    Its vectors are those of A, with the same leading axis. Whatever factorisation a method needs is compiled once, and
+    done for all of them in one batched call; on CPU for one after the other (`docs/sharp-bits.md`).
 
     Args:
         operator: Made under `eqx.filter_vmap`: an operator over an array of which every array leaf has a leading axis.
@@ -109,7 +110,7 @@ class Stacked(AbstractStructuredOperator):
         Args:
             change: Of one operator, to another one; traced once.
         """
-        return Stacked(eqx.filter_vmap(change)(self.operator))
+        return Stacked(_of_each(change, self.operator))
 
     def inverse(self) -> "Stacked":
         """diag(A₁⁻¹, ..., A_s⁻¹)."""
@@ -137,7 +138,7 @@ class Stacked(AbstractStructuredOperator):
         return self._mapped("diagonal", diagonal_part).ravel()
 
     def _mapped(self, method: str, fn: Callable[[lx.AbstractLinearOperator], Array]) -> Array:
-        return eqx.filter_vmap(self._of_square(method, fn))(self.operator)
+        return _of_each(self._of_square(method, fn), self.operator)
 
     def _of_square(
         self, method: str, fn: Callable[[lx.AbstractLinearOperator], PyTree]
@@ -148,3 +149,23 @@ class Stacked(AbstractStructuredOperator):
                 f"{self.structures[1]}."
             )
         return fn
+
+
+def _of_each(fn: Callable[[Any], _T], stacked: lx.AbstractLinearOperator) -> _T:
+    """What a function makes of each member of a stack, stacked.
+
+    On CPU in a loop: jaxlib's LAPACK kernels hand the members of a batch to the pool of threads that they run in, and
+    wait; as many batches at a time as there are threads wait for ever.
+    """
+    if jax.default_backend() != "cpu":
+        return cast(_T, eqx.filter_vmap(fn)(stacked))
+    arrays, static = eqx.partition(stacked, eqx.is_array)
+    rest: list[Any] = []
+
+    def one(arrays: PyTree[Array]) -> PyTree[Array]:
+        found, others = eqx.partition(fn(eqx.combine(arrays, static)), eqx.is_array)
+        rest.append(others)
+        return found
+
+    found = jax.lax.map(one, arrays)
+    return cast(_T, eqx.combine(found, rest[-1]))
