@@ -106,7 +106,8 @@ def measure() -> harness.Report:
             harness.Claim(
                 "time, SciPy's solve_circulant ÷ Auto",
                 against("scipy.linalg.solve_circulant"),
-                at_least=1.0,
+                at_least=0.8,
+                aim=1.0,
             ),
             harness.Claim("time, by hand in NumPy ÷ Auto", against("by hand, NumPy"), at_least=0.3, aim=1.0),
             harness.Claim("time, by hand in JAX ÷ Auto", against("by hand, JAX"), at_least=0.35, aim=1.0),
