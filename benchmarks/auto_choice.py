@@ -215,15 +215,14 @@ def measure(only: str = "") -> harness.Report:
         jax.clear_caches()
     small = [row for row in rows if row["its ms"] <= SMALL_MS]
     large = [row for row in rows if row not in small]
-    ratios = [row["Auto ÷ best"] for row in large]
+    # 0 where no other solver got there.
+    ratios = [row["Auto ÷ best"] for row in large if row["Auto ÷ best"] > 0]
     claims = [
         harness.Claim(f"{row['system']}: time, Auto ÷ best", row["Auto ÷ best"], at_most=1.3) for row in large
     ]
     claims += [
         harness.Claim("largest of these", max(ratios, default=0.0), at_most=1.3),
-        harness.Claim(
-            "geometric mean", float(np.exp(np.mean(np.log(np.maximum(ratios or [1.0], 1e-3))))), at_most=1.2
-        ),
+        harness.Claim("geometric mean", float(np.exp(np.mean(np.log(ratios or [1.0])))), at_most=1.2),
         harness.Claim(
             "systems that another one solved and Auto did not",
             sum(row["Auto ÷ best"] == float("inf") for row in rows),
